@@ -1,0 +1,376 @@
+"""Every knob of a run: its type, its one default, its unit and where the value comes from.
+
+A YAML file and dotted overrides (`optim.lr=4e-4`) become a frozen tree. Unknown keys, wrong types and combinations
+that cannot work are all reported at once, before any process group or GPU is touched. `stage` picks the root model,
+so a key of the other stage is an error and not a silent no-op.
+
+Sources: "doc" is the user's document, "SAM" Kirillov et al. 2023 (App. A), "MAE" He et al. 2021 (App. A).
+"""
+
+import difflib
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SamModel(Section):
+    size: Literal["vit_tiny", "vit_b", "vit_l", "vit_h"]
+    image_size: Count = 1024  # pixels of the square input; a multiple of the patch size 16
+    drop_path: Probability = 0.0  # last block's rate, linear from 0 (SAM 0.4; doc none)
+    decoder_dropout: Probability = 0.0  # SAM 0.1; doc none
+    init_from: Path | None = None  # MAE run, checkpoint or file, or SAM weights; none = random
+    patch_resize: Literal["bicubic", "pseudo_inverse"] = "pseudo_inverse"  # for a 14-pixel MAE patch kernel
+
+
+class MaeModel(Section):
+    size: Literal["vit_tiny", "vit_b", "vit_l", "vit_h"]
+    image_size: Count = 224  # pixels
+    patch_size: Count = 16  # pixels; MAE's own ViT-H has 14, SAM's 16
+    mask_ratio: Probability = 0.75  # MAE 4.1
+    norm_pix_loss: bool = False  # doc: original pixels; MAE's released models: true
+    decoder_dim: Count = 512
+    decoder_depth: Count = 8
+    decoder_heads: Count = 16
+
+
+class SamData(Section):
+    shards: Path  # a packed data set
+    eval_shards: Path | None = None  # a packed data set of its own; none = the hold-out of `shards`
+    holdout_images: CountOrZero = 0  # left out of training by hash of the image id, about this many
+    max_masks: Count = 64  # per image and step (SAM App. A)
+    max_mask_area: Probability | None = None  # leave out masks over this share of the image (SAM 0.9; doc none)
+    scale_jitter: tuple[Positive, Positive] | None = None  # of the long side, then crop or pad (doc 0.8, 1.2)
+    horizontal_flip: Probability = 0.0
+    color_jitter: NonNegative = 0.0  # brightness, contrast, saturation each by a factor in 1 -+ this
+    lanes: Count = 64  # fixed streams of shards that a global batch draws from evenly
+    window: Count = 4096  # samples of a lane that are shuffled together
+    workers: CountOrZero = 4  # loader processes per rank
+    prefetch: Count = 4  # micro-batches ready per worker
+
+
+class MaeData(Section):
+    shards: Path
+    crop_scale: tuple[Positive, Positive] = (0.2, 1.0)  # area share of the random crop (MAE code; doc 0.08)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # doc silent (torchvision's default: bilinear)
+    horizontal_flip: Probability = 0.5
+    color_jitter: NonNegative = 0.0  # doc 0.4; MAE A.1 uses none
+    lanes: Count = 64
+    window: Count = 4096
+    workers: CountOrZero = 8
+    prefetch: Count = 4
+
+
+class TypeProbabilities(Section):
+    """What the first round of a mask is prompted with. `mask` is the network's own answer to one point."""
+
+    point: Probability = 0.5
+    box: Probability = 0.3
+    mask: Probability = 0.15
+    none: Probability = 0.05
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> "TypeProbabilities":
+        total = self.point + self.box + self.mask + self.none
+        if not math.isclose(total, 1.0, abs_tol=1e-6):
+            raise ValueError(f"probabilities sum to {total:g}, not 1")
+        return self
+
+
+class Prompts(Section):
+    types: TypeProbabilities = TypeProbabilities()
+    num_points: tuple[Probability, ...] = (0.4, 0.3, 0.15, 0.1, 0.05)  # chance of 1, 2, 3, ... points (doc)
+    random_background: bool = True  # of n points 1..n are foreground, the rest background (doc); else all foreground
+    box_noise: NonNegative = 0.0  # std as a share of the side, at most `box_noise_pixels` (SAM 0.1; doc none)
+    box_noise_pixels: NonNegative = 20.0  # input pixels
+    rounds: Count = 1  # doc 1; SAM 11
+    rounds_without_click: CountOrZero = 0  # of the later rounds: the last, and others at random (SAM 2)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Prompts":
+        if not math.isclose(sum(self.num_points), 1.0, abs_tol=1e-6):
+            raise ValueError(f"num_points sums to {sum(self.num_points):g}, not 1")
+        if self.rounds_without_click >= self.rounds:
+            raise ValueError(f"rounds_without_click={self.rounds_without_click} needs more rounds than {self.rounds}")
+        return self
+
+
+class SamLoss(Section):
+    focal: NonNegative = 20.0
+    dice: NonNegative = 1.0
+    iou: NonNegative = 1.0
+    focal_alpha: Probability = 0.25
+    focal_gamma: NonNegative = 2.0
+    dice_smooth: NonNegative = 1.0
+    resolution: Count = 256  # pixels a side of the target; the logits are resampled to it
+    multimask: Literal["best", "all", "single"] = "best"  # three masks by least loss, all three, token 0 alone
+    multimask_when: Literal["always", "single_prompt"] = "always"  # doc: always (and token 0 too); SAM: one prompt
+    select_by: Literal["total", "mask"] = "total"  # least loss with the IoU part (doc) or without (sam2)
+    normalize: Literal["image_mean", "mask_mean"] = "image_mean"  # doc; paper recipe: one count over the batch
+
+
+class Optim(Section):
+    lr: Positive
+    lr_per_256: bool = False  # multiply by global batch / 256 (MAE A.1)
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    decay_bias_and_norm: bool = True  # MAE: false; doc silent
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # of the encoder (SAM 0.8; doc none)
+    grad_clip: Positive | None = None  # global norm; neither recipe clips
+
+
+class Schedule(Section):
+    kind: Literal["cosine", "multistep", "constant"] = "cosine"
+    warmup_steps: CountOrZero | None = None  # linear from 0, once, at step 0
+    warmup_epochs: NonNegative | None = None
+    min_lr: NonNegative = 0.0
+    milestones: tuple[Count, ...] = ()  # steps at which a multistep schedule multiplies by gamma
+    gamma: Positive = 0.1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Schedule":
+        if (self.warmup_steps is None) == (self.warmup_epochs is None):
+            raise ValueError("give exactly one of warmup_steps and warmup_epochs")
+        if bool(self.milestones) != (self.kind == "multistep"):
+            raise ValueError(f"milestones belong to kind=multistep, kind is {self.kind}")
+        return self
+
+
+class Phase(Section):
+    """A stretch of training with one set of trained parts. The next phase goes on through the resume path."""
+
+    name: str
+    steps: Count | None = None
+    epochs: Positive | None = None
+    frozen: tuple[Literal["image_encoder", "prompt_encoder", "mask_decoder"], ...] = ()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Phase":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+
+class Batch(Section):
+    global_size: Count  # images a step over all ranks
+    micro: Count  # images a rank and forward pass; accumulation follows from the two
+
+
+class Engine(Section):
+    kind: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"  # ddp with one process is the plain module
+    zero_stage: Literal[2] = 2  # kind=deepspeed only
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # autocast over fp32 weights
+    initial_loss_scale: Positive = 65536.0  # fp16 only
+    loss_scale_growth_steps: Count = 2000  # fp16 only: good steps before the scale doubles
+    activation_checkpointing: Literal["none", "block"] = "none"  # encoder blocks
+    checkpoint_rounds: bool = False  # recompute each prompt round in the backward pass
+    compile: bool = False  # torch.compile of each encoder block
+    timeout_minutes: Positive = 30.0  # of a collective
+
+
+class Checkpoint(Section):
+    every_steps: Count | None = None
+    every_epochs: Positive | None = None
+    keep_last: Count = 3
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> "Checkpoint":
+        if (self.every_steps is None) == (self.every_epochs is None):
+            raise ValueError("give exactly one of every_steps and every_epochs")
+        return self
+
+
+class Log(Section):
+    every_steps: Count = 50
+    pictures_every_steps: Count = 1000
+
+
+class Evaluate(Section):
+    every_steps: Count = 5000
+    num_images: Count = 64
+    clicks: tuple[Count, ...] = (1, 3, 5)
+
+
+class Run(Section):
+    """What both stages share."""
+
+    run_dir: Path  # everything the run writes
+    seed: CountOrZero = 0
+    optim: Optim
+    schedule: Schedule
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    batch: Batch
+    engine: Engine = Engine()
+    checkpoint: Checkpoint
+    log: Log = Log()
+
+
+class MaeConfig(Run):
+    stage: Literal["mae"]
+    model: MaeModel
+    data: MaeData
+
+    @model_validator(mode="after")
+    def _possible(self) -> "MaeConfig":
+        problems = []
+        if self.model.image_size % self.model.patch_size:
+            problems.append(
+                f"model.image_size={self.model.image_size} is no multiple of patch_size={self.model.patch_size}"
+            )
+        if any(phase.frozen for phase in self.phases):
+            problems.append("phases[].frozen belongs to stage sam")
+        if self.engine.checkpoint_rounds:
+            problems.append("engine.checkpoint_rounds belongs to stage sam")
+        return _or_raise(self, problems)
+
+
+class SamConfig(Run):
+    stage: Literal["sam"]
+    model: SamModel
+    data: SamData
+    prompts: Prompts = Prompts()
+    loss: SamLoss = SamLoss()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _possible(self) -> "SamConfig":
+        problems = []
+        if self.model.image_size % 16:
+            problems.append(f"model.image_size={self.model.image_size} is no multiple of the patch size 16")
+        if self.loss.focal + self.loss.dice == 0:
+            problems.append("loss.focal and loss.dice are both 0: the masks would learn nothing")
+        if self.data.holdout_images == 0 and self.data.eval_shards is None:
+            problems.append("data.eval_shards or data.holdout_images must give evaluation something to read")
+        for phase in self.phases:
+            if len(set(phase.frozen)) == 3:
+                problems.append(f"phase {phase.name} freezes everything")
+        return _or_raise(self, problems)
+
+
+Config = MaeConfig | SamConfig
+
+
+class ConfigError(ValueError):
+    """All problems of a configuration, one a line."""
+
+
+def _or_raise(config: Any, problems: list[str]) -> Any:
+    if problems:
+        raise ValueError("; ".join(problems))
+    return config
+
+
+def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `dotted.key=value` overrides, check everything, return the frozen tree.
+
+    Relative paths are taken from the working directory. Raises `ConfigError` with every problem found.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} should hold a mapping of sections")
+    problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
+    stage = tree.get("stage")
+    root = {"mae": MaeConfig, "sam": SamConfig}.get(stage) if isinstance(stage, str) else None
+    if root is None:
+        raise ConfigError("\n".join([*problems, f"stage: should be mae or sam, is {stage!r}"]))
+    try:
+        config = root.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join([*problems, *_explain(error, root)])) from None
+    problems += _missing_paths(config)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """YAML that loads back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> str | None:
+    """Set one dotted key in place; returns the problem, if any."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        return f"{override}: an override has the form dotted.key=value"
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    node: Any = tree
+    *parents, last = key.split(".")
+    for depth, name in enumerate(parents):
+        child = node[int(name)] if isinstance(node, list) and name.isdigit() and int(name) < len(node) else None
+        if isinstance(node, dict):
+            child = node.setdefault(name, {})
+            if child is None:
+                child = node[name] = {}
+        if not isinstance(child, dict | list):
+            return f"{'.'.join(parents[: depth + 1])}: is not a section, so {key} cannot be set"
+        node = child
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            return f"{key}: the list has {len(node)} entries"
+        node[int(last)] = value
+    else:
+        node[last] = value
+    return None
+
+
+def _explain(error: ValidationError, root: type[Section]) -> list[str]:
+    """One line a problem: dotted path, what is wrong, the nearest valid name for an unknown key."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            valid = _field_names(root, item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(sorted(valid))}"
+            lines.append(f"{path}: no such key; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{path}: is required")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            shown = "" if isinstance(item["input"], dict) or not path else f" (is {item['input']!r})"
+            lines.append(f"{path + ': ' if path else ''}{message}{shown}")
+    return lines
+
+
+def _field_names(root: type[Section], path: tuple[int | str, ...]) -> list[str]:
+    """Names valid in the section at `path`."""
+    section: Any = root
+    for part in path:
+        if isinstance(part, int):
+            continue
+        section = section.model_fields[part].annotation
+        arguments = [a for a in getattr(section, "__args__", ()) if isinstance(a, type) and issubclass(a, Section)]
+        section = arguments[0] if arguments else section
+    return list(section.model_fields)
+
+
+def _missing_paths(config: Config) -> list[str]:
+    """Inputs that do not exist."""
+    wanted: dict[str, Path | None] = {"data.shards": config.data.shards}
+    if isinstance(config, SamConfig):
+        wanted |= {"data.eval_shards": config.data.eval_shards, "model.init_from": config.model.init_from}
+    return [f"{key}: {path} does not exist" for key, path in wanted.items() if path is not None and not path.exists()]
