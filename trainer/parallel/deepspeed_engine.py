@@ -1,0 +1,265 @@
+"""DeepSpeed ZeRO behind the same door: fp32 weights, torch's AdamW, autocast and loss scale as in the other engines.
+
+DeepSpeed's own mixed precision is not used. Its `fp16` and `bf16` sections cast weights and buffers; its
+`torch_autocast` reduces gradients in the low precision, steps a loss scaler once per parameter group, and never lowers
+the scale after an overflow. Here autocast runs inside the module and DeepSpeed sees an fp32 model whose loss scale is
+set from outside (`override_loss_scale`), which its unscaling, clipping and norm all respect.
+
+Imported by `build_engine` only when asked for: the import takes seconds.
+"""
+
+import gc
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import Run
+from trainer.distributed import World, ensure_process_group
+from trainer.parallel.groups import ParamGroup
+from trainer.parallel.precision import LossScale, Precision, autocast
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when DeepSpeed is imported
+
+import deepspeed
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_BUCKET_ELEMENTS = 50_000_000  # of a reduction or gathering: 200 MB in fp32, where DeepSpeed's default takes 2 GB
+
+
+class DeepSpeedEngine:
+    """ZeRO stages 1 to 3 (the configuration offers 2). One flat optimizer state per parameter group."""
+
+    def __init__(self, task: nn.Module, config: Run, groups: Sequence[ParamGroup], world: World) -> None:
+        ensure_process_group(world)
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed insists, even on one process
+        self.world = world
+        self.stage = config.engine.zero_stage
+        self.task = task.to(world.device)
+        self._groups = tuple(groups)
+        self._parameters = dict(task.named_parameters())
+        self._trained = {name: self._parameters[name] for group in groups for name in group.names}
+        # On the CPU: DeepSpeed decides on the host whether to step, so the scale is needed there.
+        self._scale = LossScale(
+            config.engine.precision,
+            config.engine.initial_loss_scale,
+            config.engine.loss_scale_growth_steps,
+            torch.device("cpu"),
+        )
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [self._parameters[name] for name in group.names], "weight_decay": group.weight_decay}
+                for group in groups
+            ],
+            lr=config.optim.lr,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            fused=True,
+        )
+        self.wrapped, *_ = deepspeed.initialize(
+            model=_Autocast(self.task, config.engine.precision, world.device),
+            optimizer=optimizer,
+            config=deepspeed_config(config, world),
+            dist_init_required=False,
+        )
+        self._zero = self.wrapped.optimizer
+        self._make_states()
+        self._zero.override_loss_scale(float(self._scale.scale))
+        self.set_lr(config.optim.lr)
+
+    def __call__(self, batch: Any) -> Any:
+        """Forward pass, see `Engine`."""
+        return self.wrapped(batch)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Backward pass, see `Engine`. ZeRO 2 and 3 reduce at every micro-batch and add up the shards."""
+        self.wrapped.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks (and multiplies by the loss scale); ours is a sum.
+        self.wrapped.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def step(self) -> Tensor:
+        """Optimizer step, see `Engine`. DeepSpeed reads the norm on the host: a host-device sync."""
+        self.wrapped.step()
+        skipped = bool(self._zero.overflow)
+        norm = self._zero._global_grad_norm  # after unscaling, before clipping; inf where the step was skipped
+        self._scale.update(torch.tensor(skipped))
+        self._zero.override_loss_scale(float(self._scale.scale))
+        return torch.as_tensor(float("inf") if skipped else norm, dtype=torch.float32, device=self.world.device)
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of every group, see `Engine`."""
+        for param_group, group in zip(self._zero.param_groups, self._groups, strict=True):
+            param_group["lr"] = lr * group.lr_scale
+
+    def lrs(self) -> list[float]:
+        """Learning rate of every group."""
+        return [param_group["lr"] for param_group in self._zero.param_groups]
+
+    @property
+    def loss_scale(self) -> float:
+        """Loss scale."""
+        return float(self._scale.scale)
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps skipped by this engine."""
+        return int(self._scale.num_skipped)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State by name, see `Engine`. Whole tensors on every rank: weights share memory (not under ZeRO-3)."""
+        state = {f"model.{name}": value for name, value in self._weights().items()}
+        for group, flat in zip(self._groups, self._flat_groups(), strict=True):
+            for name in group.names:
+                for moment in _MOMENTS:
+                    state[f"optim.{moment}.{name}"] = safe_get_full_optimizer_state(self._trained[name], moment)
+                state[f"optim.step.{name}"] = self._zero.optimizer.state[flat]["step"].clone()
+        return state | self._scale.state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state, see `Engine`.
+
+        ValueError if a weight is missing, or if names of one group have different step counts: ZeRO keeps one count
+        for a group's flat state, so parameters that start training later belong in groups of their own.
+        """
+        names = self._state_names()
+        if missing := [name for name in names if f"model.{name}" not in state]:
+            raise ValueError(f"state has no weights {', '.join(missing)}")
+        steps = [_common_step(group, state) for group in self._groups]
+        for name in names:
+            self._set_weight(name, state[f"model.{name}"])
+        for name, parameter in self._trained.items():
+            for moment in _MOMENTS:
+                value = state.get(f"optim.{moment}.{name}")
+                value = torch.zeros_like(state[f"model.{name}"]) if value is None else value
+                safe_set_full_optimizer_state(parameter, value.to(self.world.device), moment)
+        for flat, step in zip(self._flat_groups(), steps, strict=True):
+            self._zero.optimizer.state[flat]["step"].fill_(step)
+        self._scale.load_state_dict(dict(state))
+        self._zero.override_loss_scale(float(self._scale.scale))
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Whole weights on rank 0, see `Engine`."""
+        weights = self._weights()
+        if not self.world.is_main:
+            return {}
+        return {name: value.detach().to("cpu", copy=True) for name, value in weights.items()}
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off and let go of its buffers."""
+        self.wrapped.destroy()
+        del self.wrapped, self._zero, self.task, self._parameters, self._trained
+        gc.collect()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _make_states(self) -> None:
+        """Give AdamW its states now, so that state_dict() has every entry and load_state_dict() a place to write.
+
+        DeepSpeed would make them one group at a time in the first step, and link them to the parameters after the
+        first group only: later groups would then have none to read or write.
+        """
+        for flat in self._flat_groups():
+            self._zero.optimizer.state[flat] = {
+                "step": torch.zeros((), device=flat.device),
+                **{moment: torch.zeros_like(flat) for moment in _MOMENTS},
+            }
+        if self.stage < 3:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _flat_groups(self) -> list[Tensor]:
+        """This rank's flat fp32 piece of each parameter group."""
+        if self.stage < 3:
+            return self._zero.single_partition_of_fp32_groups
+        return self._zero.fp32_partitioned_groups_flat
+
+    def _state_names(self) -> list[str]:
+        """Names of the task's parameters and persistent buffers."""
+        return list(self.task.state_dict())
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Whole weights and buffers on every rank."""
+        weights = dict(self.task.state_dict())
+        if self.stage < 3:
+            return weights  # fp32 weights are the masters' exact copies
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad:
+                weights[name] = safe_get_full_fp32_param(parameter)
+            else:  # the accessor skips frozen parameters
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    weights[name] = parameter.detach().clone()
+        return weights
+
+    def _set_weight(self, name: str, value: Tensor) -> None:
+        """Write what the forward pass reads and the fp32 masters too: DeepSpeed's setter writes the masters only."""
+        value = value.to(self.world.device)
+        parameter = self._parameters.get(name)
+        if parameter is None:
+            self.task.get_buffer(name).copy_(value)
+            return
+        if self.stage < 3:
+            parameter.data.copy_(value)
+        else:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
+        if name in self._trained:
+            safe_set_full_fp32_param(parameter, value)
+
+
+class _Autocast(nn.Module):
+    """Enters autocast inside the module: DeepSpeed switches off what it finds around itself."""
+
+    def __init__(self, task: nn.Module, precision: Precision, device: torch.device) -> None:
+        super().__init__()
+        self.task = task
+        self.precision = precision
+        self.device = device
+
+    def forward(self, batch: Any) -> Any:
+        with autocast(self.precision, self.device):
+            return self.task(batch)
+
+
+def deepspeed_config(config: Run, world: World) -> dict[str, Any]:
+    """DeepSpeed's dictionary, generated: there is no second file of settings to keep in step."""
+    on_gpu = world.device.type == "cuda"
+    return {
+        # Only the engine's own counters use these; accumulation is driven by `last` in backward().
+        "train_micro_batch_size_per_gpu": config.batch.micro,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.grad_clip or 0.0,  # absent means 1.0
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": config.engine.zero_stage,
+            "overlap_comm": on_gpu,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": _BUCKET_ELEMENTS,
+            "allgather_bucket_size": _BUCKET_ELEMENTS,
+        },
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _common_step(group: ParamGroup, state: Mapping[str, Tensor]) -> float:
+    """Step count that all names of a group share; 0 for those without optimizer entries."""
+    steps = {name: float(state.get(f"optim.step.{name}", 0.0)) for name in group.names}
+    if len(set(steps.values())) > 1:
+        low, high = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
+        raise ValueError(
+            f"one parameter group holds {low} after {steps[low]:g} steps and {high} after {steps[high]:g}: "
+            "DeepSpeed keeps one step count a group, so these need groups of their own"
+        )
+    return steps[group.names[0]]

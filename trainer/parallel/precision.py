@@ -1,0 +1,60 @@
+"""Autocast over fp32 weights, and the loss scale that fp16 needs: the same arithmetic under every engine."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """The context a forward pass runs under; for fp32 it switches autocast off.
+
+    Without autocast's weight cache. A weight that is first used under `no_grad` (SAM's first guess of a mask) would be
+    cached without its history, and its gradient would be lost in the pass that counts; and the cache would keep
+    weights alive that FSDP2 has freed. A weight that is used once a pass, nearly all of them, loses nothing by it.
+    """
+    return torch.autocast(device.type, dtype=_DTYPES.get(precision), enabled=precision != "fp32", cache_enabled=False)
+
+
+class LossScale:
+    """Dynamic loss scale of fp16, as torch.amp.GradScaler has it; constant 1 in the other precisions.
+
+    Everything stays on `device`: deciding to skip a step never waits for the GPU. Skipped steps are counted in every
+    precision, because a step whose gradient is not finite is never taken.
+    """
+
+    GROWTH = 2.0
+    BACKOFF = 0.5
+
+    def __init__(self, precision: Precision, initial: float, growth_steps: int, device: torch.device) -> None:
+        self.dynamic = precision == "fp16"
+        self.growth_steps = growth_steps
+        self.scale = torch.tensor(initial if self.dynamic else 1.0, device=device)
+        self.growth_tracker = torch.zeros((), device=device)  # good steps since the scale last changed
+        self.num_skipped = torch.zeros((), device=device)  # since this object was made
+
+    @torch.no_grad()
+    def update(self, skipped: Tensor) -> None:
+        """After a step: halve the scale if it was skipped (0-dim bool), double it after `growth_steps` good ones."""
+        self.num_skipped += skipped
+        if not self.dynamic:
+            return
+        good = torch.where(skipped, torch.zeros_like(self.growth_tracker), self.growth_tracker + 1)
+        grow = good >= self.growth_steps
+        factor = torch.where(skipped, self.BACKOFF, torch.where(grow, self.GROWTH, 1.0))
+        self.scale.mul_(factor)
+        self.growth_tracker.copy_(torch.where(grow, torch.zeros_like(good), good))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Entries of the checkpoint; none unless the scale is dynamic."""
+        return {"scaler.scale": self.scale, "scaler.growth_tracker": self.growth_tracker} if self.dynamic else {}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a saved scale; a checkpoint of another precision has none, and the scale stays as it is."""
+        if self.dynamic and "scaler.scale" in state:
+            self.scale.copy_(state["scaler.scale"])
+            self.growth_tracker.copy_(state["scaler.growth_tracker"])
