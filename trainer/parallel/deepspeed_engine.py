@@ -28,8 +28,11 @@ import deepspeed
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,6 +47,7 @@ class DeepSpeedEngine:
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed insists, even on one process
         self.world = world
         self.stage = config.engine.zero_stage
+        assert self.stage in (1, 2, 3), "stage 0 is plain data parallelism, which kind=ddp has"
         self.task = task.to(world.device)
         self._groups = tuple(groups)
         self._parameters = dict(task.named_parameters())
@@ -141,7 +145,7 @@ class DeepSpeedEngine:
             for moment in _MOMENTS:
                 value = state.get(f"optim.{moment}.{name}")
                 value = torch.zeros_like(state[f"model.{name}"]) if value is None else value
-                safe_set_full_optimizer_state(parameter, value.to(self.world.device), moment)
+                self._set_flat(parameter, value.to(self.world.device), moment)
         for flat, step in zip(self._flat_groups(), steps, strict=True):
             self._zero.optimizer.state[flat]["step"].fill_(step)
         self._scale.load_state_dict(dict(state))
@@ -213,7 +217,24 @@ class DeepSpeedEngine:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(value)
         if name in self._trained:
-            safe_set_full_fp32_param(parameter, value)
+            self._set_flat(parameter, value)
+
+    def _set_flat(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
+        """Write a whole tensor into the ranks' pieces of the fp32 master, or of a moment of AdamW."""
+        if self.stage < 3:
+            if moment is None:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, moment)
+            return
+        # ZeRO-3 pads the last rank's piece; its setter for whole tensors does not, and fails on odd sizes.
+        piece_numel = safe_get_local_fp32_param(parameter).numel()
+        padded = nn.functional.pad(value.flatten(), (0, piece_numel * self.world.size - value.numel()))
+        piece = padded.narrow(0, piece_numel * self.world.rank, piece_numel)
+        if moment is None:
+            safe_set_local_fp32_param(parameter, piece)
+        else:
+            safe_set_local_optimizer_state(parameter, piece, moment)
 
 
 class _Autocast(nn.Module):

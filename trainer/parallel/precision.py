@@ -12,9 +12,9 @@ _DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """The context a forward pass runs under; for fp32 it switches autocast off.
 
-    Without autocast's weight cache. A weight that is first used under `no_grad` (SAM's first guess of a mask) would be
-    cached without its history, and its gradient would be lost in the pass that counts; and the cache would keep
-    weights alive that FSDP2 has freed. A weight that is used once a pass, nearly all of them, loses nothing by it.
+    Without autocast's weight cache. Older PyTorch caches a weight that is first used under `no_grad` (SAM's first guess
+    of a mask) without its history, and loses its gradient in the pass that counts (pytorch issues 65766, 112583); and
+    the cache would keep alive what FSDP2 has freed. Nearly all weights are used once a pass and lose nothing by it.
     """
     return torch.autocast(device.type, dtype=_DTYPES.get(precision), enabled=precision != "fp32", cache_enabled=False)
 
