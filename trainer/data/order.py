@@ -1,0 +1,139 @@
+"""The order of the data: a pure function from a place in the run to a sample, and from a step to each rank's share.
+
+Letters: N samples an epoch, S shards, C lanes, B images a global batch.
+
+An epoch lays its shards end to end in a random order and cuts that line of N samples into C *lanes* of equal length.
+A lane is read front to back, shuffled inside windows. The run takes one sample of every lane in turn: sample `p` of
+an epoch is the `p // C`-th of lane `p % C`. So every global batch draws evenly from all lanes, an epoch holds every
+sample exactly once, and nothing depends on ranks, workers, micro-batches or restarts: the position in the run,
+`step * B + slot`, says it all.
+
+What the window costs: two samples meet in a batch only if their windows are read at the same time, so a batch mixes
+C windows; see docs/decisions/0001-data-order.md.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+# Purposes of keyed random streams: one number each, so that no two streams are ever the same.
+SHARD_ORDER, WINDOW_ORDER, SAMPLE_DRAWS, MASK_ORDER = 1, 2, 3, 4
+
+
+def keyed_rng(seed: int, purpose: int, *counter: int) -> np.random.Generator:
+    """Random numbers that depend on (seed, purpose, counter) alone: a counter-based generator, never carried on.
+
+    `counter` is up to three non-negative integers. They fill the upper words of Philox's 256-bit counter; drawing
+    counts in the lowest word, so streams of different keys do not overlap.
+    """
+    words = [0, *counter, *([0] * (3 - len(counter)))]
+    assert len(words) == 4, counter
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=words))
+
+
+class DataOrder:
+    """Position in the run to row of the data set.
+
+    rows_per_shard: for each shard the ascending rows (global, as in `index/`) that may be trained on. Holding
+    images out or packing again changes them, and so the order; ranks and restarts do not.
+    """
+
+    def __init__(self, rows_per_shard: list[np.ndarray], seed: int, num_lanes: int, window: int) -> None:
+        self.rows_per_shard = rows_per_shard
+        self.seed, self.num_lanes, self.window = seed, num_lanes, window
+        self.num_samples = int(sum(len(rows) for rows in rows_per_shard))
+        if self.num_samples == 0:
+            raise ValueError("the data set has no sample to train on")
+        self._epoch_line = lru_cache(maxsize=2)(self._epoch_line)
+        self._window_order = lru_cache(maxsize=2 * num_lanes)(self._window_order)
+
+    def row(self, position: int) -> int:
+        """The sample trained on at `position` of the run."""
+        epoch, place = divmod(position, self.num_samples)
+        lane, step = place % self.num_lanes, place // self.num_lanes
+        lane_start, lane_length = self._lane(lane)
+        window = step // self.window
+        start = window * self.window
+        length = min(self.window, lane_length - start)
+        step = start + int(self._window_order(epoch, lane, window, length)[step - start])
+        shards, ends = self._epoch_line(epoch)
+        place = lane_start + step
+        number = int(np.searchsorted(ends, place, side="right"))
+        rows = self.rows_per_shard[shards[number]]
+        return int(rows[place - (int(ends[number]) - len(rows))])
+
+    def _lane(self, lane: int) -> tuple[int, int]:
+        """Start and length of a lane on the epoch's line; the first `N mod C` lanes are one longer."""
+        length, longer = divmod(self.num_samples, self.num_lanes)
+        return lane * length + min(lane, longer), length + (lane < longer)
+
+    def _epoch_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards of an epoch in order, and where each ends on the line."""
+        shards = keyed_rng(self.seed, SHARD_ORDER, epoch).permutation(len(self.rows_per_shard))
+        lengths = np.array([len(self.rows_per_shard[shard]) for shard in shards])
+        return shards, np.cumsum(lengths)
+
+    def _window_order(self, epoch: int, lane: int, window: int, length: int) -> np.ndarray:
+        return keyed_rng(self.seed, WINDOW_ORDER, epoch, lane, window).permutation(length)
+
+
+def slots_of_rank(global_batch: int, num_lanes: int, rank: int, num_ranks: int, micro: int) -> list[list[int]]:
+    """Which of a step's slots 0..B-1 a rank computes, as micro-batches of equal size; -1 fills up.
+
+    Slots are dealt lane by lane, so the ranks of one node read few lanes and so few shards. Every rank gets the same
+    number of micro-batches of the same size: what does not divide is filled with zero-weight samples.
+    """
+    by_lane = sorted(range(global_batch), key=lambda slot: (slot % num_lanes, slot // num_lanes))
+    per_rank = -(-global_batch // num_ranks)
+    num_micro = -(-per_rank // micro)
+    size = -(-per_rank // num_micro)
+    share, extra = divmod(global_batch, num_ranks)
+    start = rank * share + min(rank, extra)
+    mine = by_lane[start : start + share + (rank < extra)]
+    mine += [-1] * (num_micro * size - len(mine))
+    return [mine[i * size : (i + 1) * size] for i in range(num_micro)]
+
+
+@dataclass(frozen=True)
+class StepSampler:
+    """Batch sampler of one rank: yields the micro-batches of every step from `first_step` to `last_step`.
+
+    Each item is a list of positions in the run (-1 = filler), which a map-style dataset turns into a batch.
+    A stock `DataLoader` over it resumes exactly, since there is nothing else to restore.
+    """
+
+    global_batch: int
+    num_lanes: int
+    rank: int
+    num_ranks: int
+    micro: int
+    first_step: int
+    last_step: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.num_ranks
+
+    @property
+    def micro_batches(self) -> list[list[int]]:
+        return slots_of_rank(self.global_batch, self.num_lanes, self.rank, self.num_ranks, self.micro)
+
+    def __iter__(self):
+        slots = self.micro_batches
+        for step in range(self.first_step, self.last_step):
+            for micro_batch in slots:
+                yield [step * self.global_batch + slot if slot >= 0 else -1 for slot in micro_batch]
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * len(self.micro_batches)
+
+
+def is_held_out(image_ids: np.ndarray, share: float) -> np.ndarray:
+    """Boolean mask of the images that training never sees: a hash of the id alone, the same for every run."""
+    # splitmix64's finaliser (Steele et al. 2014): every bit of the id moves every bit of the hash.
+    with np.errstate(over="ignore"):
+        x = image_ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share

@@ -1,0 +1,236 @@
+"""Stage 2: position in the run to an image, its masks as targets, and their first prompts.
+
+The order of the stages: read -> draw everything -> geometry -> image -> masks -> prompts -> collate. Masks stay runs
+until the target; the only bitmap made is the target at the loss resolution.
+
+Letters: B images, M masks, P point slots, S input pixels a side, s target pixels a side.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from data_tools import rle
+from data_tools.sample_format import Record
+from trainer.config import SamConfig
+from trainer.data.batches import SamBatch
+from trainer.data.images import ImageError, decode_jpeg, needed_size, resize_window
+from trainer.data.order import MASK_ORDER, SAMPLE_DRAWS, DataOrder, keyed_rng
+from trainer.data.shards import ShardReader
+from trainer.prompts import FirstPrompt, PromptType, first_prompt, later_rounds_with_click, num_draws
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a source image lies in the square input: a source window, its size in the input, mirrored or not."""
+
+    window: tuple[int, int, int, int]  # x0 y0 x1 y1, whole source pixels
+    height: int  # of the content in the input, pixels; the rest is padding right and below
+    width: int
+    flip: bool
+
+    def transform(self, grid: int, image_size: int) -> rle.AxisTransform:
+        """Source coordinates to a grid of `grid` cells over the input."""
+        x0, y0, x1, y1 = self.window
+        share = grid / image_size
+        scale_x, scale_y = self.width * share / (x1 - x0), self.height * share / (y1 - y0)
+        return rle.AxisTransform(
+            scale_x, scale_y, -x0 * scale_x, -y0 * scale_y, flip=self.flip, width=self.width * share
+        )
+
+
+def place(height: int, width: int, image_size: int, scale: float, shift: tuple[float, float], flip: bool) -> Placement:
+    """Long side to `scale * image_size`; what overhangs the input is cropped at `shift` in [0, 1), the rest padded.
+
+    With scale 1 this is SAM's preprocessing. The document's `RandomResizedCrop(scale=(0.8, 1.2))`, taken literally,
+    never zooms out and stretches; this is the reading its comment asks for (a slight zoom in or out).
+    """
+    factor = scale * image_size / max(height, width)
+    window, sizes = [], []
+    for length, place_draw in ((width, shift[0]), (height, shift[1])):
+        visible = min(length, max(1, round(image_size / factor)))
+        start = int(place_draw * (length - visible + 1))
+        window.append((start, start + visible))
+        sizes.append(min(image_size, max(1, round(visible * factor))))
+    (x0, x1), (y0, y1) = window
+    return Placement((x0, y0, x1, y1), sizes[1], sizes[0], flip)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All random numbers of one sample, made at once, before anything that its content decides."""
+
+    scale: float
+    shift: tuple[float, float]
+    flip: float
+    color: np.ndarray  # (3,)
+    prompts: np.ndarray  # (M, num_draws)
+    clicks: np.ndarray  # (M, rounds - 1)
+    gets_click: np.ndarray  # (rounds - 1,) bool
+    drop_path: np.ndarray  # (blocks, 2)
+
+
+def draw(rng: np.random.Generator, config: SamConfig, num_blocks: int) -> Draws:
+    """Draw in a fixed order from the sample's own generator; what depends on the content has a stream of its own."""
+    num_masks = config.data.max_masks
+    return Draws(
+        scale=rng.random(),
+        shift=(rng.random(), rng.random()),
+        flip=rng.random(),
+        color=rng.random(3),
+        prompts=rng.random((num_masks, num_draws(config.prompts))),
+        clicks=rng.random((num_masks, config.prompts.rounds - 1), np.float32),
+        gets_click=later_rounds_with_click(config.prompts, rng),
+        drop_path=rng.random((num_blocks, 2), np.float32),
+    )
+
+
+class SamDataset(Dataset):
+    """Map-style dataset whose items are micro-batches: a list of positions in, a `SamBatch` out."""
+
+    def __init__(self, reader: ShardReader, order: DataOrder, config: SamConfig, num_blocks: int) -> None:
+        self.reader, self.order, self.config, self.num_blocks = reader, order, config, num_blocks
+
+    def __getitem__(self, positions: Sequence[int]) -> SamBatch:
+        arrays = self._empty(len(positions))
+        keys, problems = [""] * len(positions), []
+        for i, position in enumerate(positions):
+            if position < 0:
+                continue
+            rng = keyed_rng(self.config.seed, SAMPLE_DRAWS, position)
+            draws = draw(rng, self.config, self.num_blocks)
+            row = self.order.row(position)
+            keys[i] = self.reader.name_of(row)
+            try:
+                raw = self.reader.read(row)
+                if raw is None:
+                    raise ImageError("left out when the data set was packed")
+                keys[i] = raw.record.key
+                mask_order = keyed_rng(self.config.seed, MASK_ORDER, position).permutation(len(raw.record.annotations))
+                self._fill(arrays, i, raw.record, raw.jpeg, mask_order, draws)
+            except ImageError as error:
+                problems.append(f"{keys[i]}: {error}")
+        return SamBatch(
+            positions=torch.tensor(positions, dtype=torch.int64),
+            keys=keys,
+            problems=problems,
+            num_images=0.0,
+            num_masks=0.0,
+            **{name: torch.from_numpy(array) for name, array in arrays.items()},
+        )
+
+    def _empty(self, batch: int) -> dict[str, np.ndarray]:
+        """The arrays of a batch that trains nothing; valid samples fill their places."""
+        config = self.config
+        masks, points, rounds = config.data.max_masks, len(config.prompts.num_points), config.prompts.rounds
+        size, target = config.model.image_size, config.loss.resolution
+        return {
+            "image_weight": np.zeros(batch, np.float32),
+            "images": np.zeros((batch, 3, size, size), np.uint8),
+            "image_sizes": np.full((batch, 2), size, np.int64),
+            "color_factors": np.ones((batch, 3), np.float32),
+            "masks": np.zeros((batch, masks, target, target), np.uint8),
+            "mask_valid": np.zeros((batch, masks), bool),
+            "point_coords": np.zeros((batch, masks, points, 2), np.float32),
+            "point_labels": np.full((batch, masks, points), -1, np.int64),
+            "boxes": np.zeros((batch, masks, 4), np.float32),
+            "has_box": np.zeros((batch, masks), bool),
+            "wants_mask": np.zeros((batch, masks), bool),
+            "click_uniforms": np.zeros((batch, masks, rounds - 1), np.float32),
+            "gets_click": np.ones((batch, rounds - 1), bool),
+            "drop_path_uniforms": np.ones((batch, self.num_blocks, 2), np.float32),
+        }
+
+    def _fill(
+        self, arrays: dict[str, np.ndarray], i: int, record: Record, jpeg: bytes, mask_order: np.ndarray, draws: Draws
+    ) -> None:
+        """Decode sample `i` of the batch into the arrays."""
+        config = self.config
+        size = config.model.image_size
+        low, high = config.data.scale_jitter or (1.0, 1.0)
+        scale = low + draws.scale * (high - low)
+        flip = draws.flip < config.data.horizontal_flip
+        placement = place(record.height, record.width, size, scale, draws.shift, flip)
+        image = decode_placed(jpeg, record.height, record.width, placement)
+        chosen, targets = choose_masks(record, placement, mask_order, config)
+
+        arrays["images"][i, :, : placement.height, : placement.width] = image.transpose(2, 0, 1)
+        arrays["image_sizes"][i] = placement.height, placement.width
+        arrays["color_factors"][i] = 1.0 + config.data.color_jitter * (2.0 * draws.color - 1.0)
+        arrays["click_uniforms"][i] = draws.clicks
+        arrays["gets_click"][i] = draws.gets_click
+        arrays["drop_path_uniforms"][i] = draws.drop_path
+        arrays["masks"][i, : len(chosen)] = targets
+        arrays["mask_valid"][i, : len(chosen)] = True
+        arrays["image_weight"][i] = float(bool(chosen))
+        transform = placement.transform(size, size)
+        for m, mask in enumerate(chosen):
+            prompt = first_prompt(mask, placement.window, transform, draws.prompts[m], config.prompts)
+            write_prompt(arrays, i, m, prompt)
+
+
+def write_prompt(arrays: dict[str, np.ndarray], i: int, m: int, prompt: FirstPrompt) -> None:
+    """Put the first prompt of mask `m` of image `i` into the batch."""
+    arrays["point_coords"][i, m] = prompt.coords
+    arrays["point_labels"][i, m] = prompt.labels
+    arrays["boxes"][i, m] = prompt.box
+    arrays["has_box"][i, m] = prompt.type == PromptType.BOX
+    arrays["wants_mask"][i, m] = prompt.type == PromptType.MASK
+
+
+def decode_placed(jpeg: bytes, height: int, width: int, placement: Placement) -> np.ndarray:
+    """The content of the input, (placement.height, placement.width, 3) uint8, decoded no larger than it needs.
+
+    height, width: the size the record states. Raises `ImageError` if the image has another aspect.
+    """
+    x0, y0, x1, y1 = placement.window
+    image = decode_jpeg(
+        jpeg, needed_size(height, y1 - y0, placement.height), needed_size(width, x1 - x0, placement.width)
+    )
+    scale_x, scale_y = image.shape[1] / width, image.shape[0] / height
+    if abs(scale_x - scale_y) * max(height, width) > 2:  # M/8 scales round each side up by less than a pixel
+        raise ImageError(f"image of {image.shape[1]}x{image.shape[0]} does not fit the recorded {width}x{height}")
+    window = (x0 * scale_x, y0 * scale_y, x1 * scale_x, y1 * scale_y)
+    content = resize_window(image, window, placement.height, placement.width)
+    return content[:, ::-1] if placement.flip else content
+
+
+def choose_masks(
+    record: Record, placement: Placement, mask_order: np.ndarray, config: SamConfig
+) -> tuple[list[rle.Runs], np.ndarray]:
+    """Up to `max_masks` masks at random that show in the target, and the targets (chosen, s, s) uint8.
+
+    A target pixel is object where the mask covers at least half of it. A mask that covers no pixel so, being cropped
+    away or too thin for the loss resolution, is passed over for the next. Raises `ImageError` for broken runs.
+    """
+    size, max_masks = config.loss.resolution, config.data.max_masks
+    transform = placement.transform(size, config.model.image_size)
+    candidates = list(mask_order)
+    max_area = (config.data.max_mask_area or 1.0) * record.height * record.width
+    chosen: list[rle.Runs] = []
+    targets: list[np.ndarray] = []
+    while candidates and len(chosen) < max_masks:
+        wanted = max_masks - len(chosen)
+        batch = []
+        for number in candidates[:wanted]:
+            try:
+                mask = rle.parse(record.annotations[number]["segmentation"])
+            except ValueError as error:
+                raise ImageError(f"mask {number}: {error}") from error
+            if (mask.height, mask.width) != (record.height, record.width):
+                raise ImageError(
+                    f"mask {number} is {mask.width}x{mask.height}, the image {record.width}x{record.height}"
+                )
+            if 0 < rle.area(mask) <= max_area:
+                batch.append(mask)
+        del candidates[:wanted]
+        if not batch:
+            continue
+        bitmaps = (rle.coverage(batch, size, size, transform) >= 0.5).astype(np.uint8)
+        shown = bitmaps.any(axis=(1, 2))
+        chosen += [mask for mask, keep in zip(batch, shown, strict=True) if keep]
+        targets.append(bitmaps[shown])
+    return chosen, np.concatenate(targets) if targets else np.zeros((0, size, size), np.uint8)

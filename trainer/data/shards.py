@@ -1,0 +1,121 @@
+"""Read samples of a packed data set by byte offset, and say clearly when a shard is not what the manifest promises."""
+
+import hashlib
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.sample_format import MANIFEST_NAME, Record, load_manifest, open_index, parse_record
+from trainer.data.order import is_held_out
+
+MAX_OPEN_SHARDS = 256  # file descriptors a worker keeps; far below the usual limit of 1024
+
+
+class ShardError(ValueError):
+    """A shard vanished, was cut short or changed: training must stop, not train on something else."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """Undecoded: JPEG bytes and the parsed JSON."""
+
+    jpeg: bytes
+    record: Record
+
+
+class ShardReader:
+    """Random access to a packed data set. Cheap to create; opens shards when first read, also after a fork."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self.manifest = load_manifest(self.directory)
+        self.columns = open_index(self.directory)
+        self.ends = np.cumsum([shard.num_positions for shard in self.manifest.shards])
+        num_rows = len(self.columns["jpg_size"])
+        if num_rows != self.manifest.num_positions:
+            raise ShardError(
+                f"{self.directory}: index of {num_rows} rows, manifest of {self.manifest.num_positions} positions; "
+                f"`python -m data_tools.index {self.directory}` writes the index anew"
+            )
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, row: int) -> RawSample | None:
+        """The sample at a global row; None for a gap. Raises `ShardError` for a shard that is not whole."""
+        jpg_size, json_size = int(self.columns["jpg_size"][row]), int(self.columns["json_size"][row])
+        if jpg_size == 0:
+            return None
+        shard = self.shard_of(row)
+        jpeg = self._read_range(shard, int(self.columns["jpg_offset"][row]), jpg_size)
+        if json_size == 0:
+            record = Record(int(self.columns["image_id"][row]), 0, 0, f"{self.name_of(row)}.jpg", [])
+        else:
+            record = parse_record(self._read_range(shard, int(self.columns["json_offset"][row]), json_size))
+        return RawSample(jpeg, record)
+
+    def shard_of(self, row: int) -> int:
+        return int(np.searchsorted(self.ends, row, side="right"))
+
+    def name_of(self, row: int) -> str:
+        """A name for a sample whose own key cannot be read: `shard-000012[34]`."""
+        shard = self.shard_of(row)
+        info = self.manifest.shards[shard]
+        return f"{info.name.removesuffix('.tar')}[{row - int(self.ends[shard]) + info.num_positions}]"
+
+    def _read_range(self, shard: int, offset: int, size: int) -> bytes:
+        data = os.pread(self._file(shard), size, offset)
+        if len(data) < size:
+            raise ShardError(f"{self._path(shard)} was cut short while in use; {self._repair_hint()}")
+        return data
+
+    def _file(self, shard: int) -> int:
+        """File descriptor of a shard, its size checked on opening."""
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        info, path = self.manifest.shards[shard], self._path(shard)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise ShardError(f"{path} is missing; {self._repair_hint()}") from None
+        size = os.fstat(descriptor).st_size
+        if size != info.num_bytes:
+            os.close(descriptor)
+            raise ShardError(f"{path} has {size} bytes, the manifest says {info.num_bytes}; {self._repair_hint()}")
+        self._files[shard] = descriptor
+        if len(self._files) > MAX_OPEN_SHARDS:
+            os.close(self._files.popitem(last=False)[1])
+        return descriptor
+
+    def _path(self, shard: int) -> Path:
+        return self.directory / self.manifest.shards[shard].name
+
+    def _repair_hint(self) -> str:
+        return f"`python -m data_tools.verify {self.directory} --repair SOURCE...` rebuilds it from the source"
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_files": OrderedDict()}  # descriptors do not travel to spawned workers
+
+    def split(self, holdout_images: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """Rows to train on, for each shard, and rows held out: about `holdout_images` of them, by hash of the id.
+
+        Gaps are in neither. Small data sets may hold out a few more or less than asked, at least one if any.
+        """
+        num_rows = len(self.columns["image_id"])
+        held_out = np.zeros(num_rows, bool)
+        if holdout_images:
+            image_ids = np.asarray(self.columns["image_id"])
+            held_out = is_held_out(image_ids, holdout_images / max(self.manifest.num_samples, 1))
+        valid = np.asarray(self.columns["jpg_size"]) > 0
+        starts = [0, *self.ends[:-1]]
+        train = [
+            start + np.flatnonzero(valid[start:end] & ~held_out[start:end])
+            for start, end in zip(starts, self.ends, strict=True)
+        ]
+        return train, np.flatnonzero(valid & held_out)
+
+    def fingerprint(self) -> str:
+        """Identifies the data and its order: a run resumes only on the same."""
+        return hashlib.sha256((self.directory / MANIFEST_NAME).read_bytes()).hexdigest()[:16]

@@ -1,0 +1,214 @@
+"""One training step of stage 2: encode the images once, then prompt, decode and score, round after round.
+
+Letters: B images, M masks an image, P points a mask, K mask tokens (4), R rounds, H W input pixels, h w logits (H / 4),
+s target pixels. Everything that touches parameters happens inside one `forward`, because FSDP2 and ZeRO hook it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.prompt_encoder import Prompts as PromptBatch
+from model.sam import Sam, SamOutput
+from trainer.config import SamConfig
+from trainer.data.batches import SamBatch
+from trainer.data.images import jitter_colors
+from trainer.interactive import EvalBatch, EvalScores, interact
+from trainer.losses import dice_loss, focal_loss, iou_loss, mask_iou, mean_per_image, mean_per_mask
+from trainer.prompts import NO_POINT, next_click
+
+SINGLE, MULTI = 0, slice(1, 4)  # mask tokens: one for an unambiguous prompt, three for an ambiguous one
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one round earned each mask, (B, M) each; `answer` (B, M, h, w) is what the next round builds on."""
+
+    loss: Tensor
+    focal: Tensor
+    dice: Tensor
+    iou_error: Tensor
+    iou: Tensor
+    answer: Tensor
+
+
+class SamTask(nn.Module):
+    """`forward(batch) -> (loss, metrics)`; in evaluation `forward(EvalBatch) -> EvalScores`."""
+
+    def __init__(self, sam: Sam, config: SamConfig, frozen: tuple[str, ...]) -> None:
+        super().__init__()
+        self.sam, self.config, self.frozen = sam, config, frozen
+        sam.image_encoder.activation_checkpointing = config.engine.activation_checkpointing == "block"
+        for part in frozen:
+            getattr(sam, part).requires_grad_(False)
+
+    def shard_units(self) -> list[nn.Module]:
+        return self.sam.shard_units()
+
+    def train(self, mode: bool = True) -> "SamTask":
+        """Frozen parts stay in evaluation mode: no dropout where nothing is learned."""
+        super().train(mode)
+        for part in self.frozen:
+            getattr(self.sam, part).eval()
+        return self
+
+    def forward(self, batch: SamBatch | EvalBatch) -> tuple[Tensor, dict[str, Tensor]] | EvalScores:
+        if isinstance(batch, EvalBatch):
+            return interact(self.sam, batch)
+        image_embeddings = self.encode(batch)
+        content = content_mask(batch, batch.masks.shape[-1])
+        prompts = self.first_prompts(image_embeddings, batch)
+        rounds = self.config.prompts.rounds
+        losses, metrics = [], {}
+        for number in range(rounds):
+            scores = self._checkpointed_round(image_embeddings, prompts, batch)
+            losses.append(self._mean(scores.loss, batch))
+            metrics |= self._metrics(scores, batch, f"round_{number + 1}/" if rounds > 1 else "")
+            if number + 1 < rounds:
+                prompts = self.add_click(prompts, scores.answer, content, batch, number)
+        loss = torch.stack(losses).sum()
+        return loss, {"loss": loss.detach(), **metrics}
+
+    def encode(self, batch: SamBatch) -> Tensor:
+        """Images to embeddings (B, C, H/16, W/16); a frozen encoder runs without a gradient graph."""
+        images = jitter_colors(batch.images, batch.color_factors) if self.config.data.color_jitter else batch.images
+        images = self.sam.normalize_images(images, batch.image_sizes)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "image_encoder" not in self.frozen):
+            return self.sam.encode_images(images, batch.drop_path_uniforms)
+
+    def first_prompts(self, image_embeddings: Tensor, batch: SamBatch) -> PromptBatch:
+        """The prompts of round 1. A mask prompt is the network's own answer to one point, never the truth."""
+        coords, labels = pad_points(batch.point_coords, batch.point_labels, self.config.prompts.rounds - 1)
+        logits_size = 4 * image_embeddings.shape[-1]
+        mask_logits = image_embeddings.new_zeros((*labels.shape[:2], logits_size, logits_size), dtype=torch.float32)
+        prompts = PromptBatch(
+            coords, labels, batch.boxes, batch.has_box, mask_logits, torch.zeros_like(batch.wants_mask)
+        )
+        if not self.config.prompts.types.mask:
+            return prompts
+        with torch.no_grad():
+            answer = best_predicted(self.sam.decode_masks(image_embeddings, prompts))
+        return prompts._replace(
+            point_labels=torch.where(batch.wants_mask[..., None], NO_POINT, labels),
+            mask_logits=torch.where(batch.wants_mask[..., None, None], answer, mask_logits),
+            has_mask=batch.wants_mask,
+        )
+
+    def add_click(
+        self, prompts: PromptBatch, answer: Tensor, content: Tensor, batch: SamBatch, number: int
+    ) -> PromptBatch:
+        """The next round's prompts: one more click in the error of `answer`, and `answer` itself as mask prompt."""
+        resized = resize_logits(answer, batch.masks.shape[-1])
+        coords, labels = next_click(resized, batch.masks, content, batch.click_uniforms[:, :, number])
+        scale = batch.images.shape[-1] / batch.masks.shape[-1]
+        coords = (coords + 0.5) * scale - 0.5
+        labels = torch.where(batch.gets_click[:, number, None], labels, NO_POINT)
+        slot = batch.point_labels.shape[-1] + number
+        new_coords, new_labels = prompts.point_coords.clone(), prompts.point_labels.clone()
+        new_coords[:, :, slot], new_labels[:, :, slot] = coords, labels
+        return prompts._replace(
+            point_coords=new_coords,
+            point_labels=new_labels,
+            mask_logits=answer,
+            has_mask=torch.ones_like(prompts.has_mask),
+        )
+
+    def _checkpointed_round(self, image_embeddings: Tensor, prompts: PromptBatch, batch: SamBatch) -> Scores:
+        if self.config.engine.checkpoint_rounds and torch.is_grad_enabled():
+            return checkpoint(self.round, image_embeddings, prompts, batch, use_reentrant=False)
+        return self.round(image_embeddings, prompts, batch)
+
+    def round(self, image_embeddings: Tensor, prompts: PromptBatch, batch: SamBatch) -> Scores:
+        """Decode one set of prompts and score every hypothesis against the truth."""
+        settings = self.config.loss
+        output = self.sam.decode_masks(image_embeddings, prompts)
+        logits = resize_logits(output.low_res_logits, settings.resolution)  # (B, M, K, s, s)
+        truth = batch.masks[:, :, None].expand_as(logits)
+        focal = focal_loss(logits, truth, settings.focal_alpha, settings.focal_gamma)  # (B, M, K)
+        dice = dice_loss(logits, truth, settings.dice_smooth)
+        true_iou = mask_iou(logits, truth)
+        iou_error = iou_loss(output.iou_predictions, true_iou)
+        mask_part = settings.focal * focal + settings.dice * dice
+        total = mask_part + settings.iou * iou_error
+        choose_by = (total if settings.select_by == "total" else mask_part).detach()
+
+        ambiguous = num_prompts(prompts) <= 1
+        best = 1 + choose_by[..., MULTI].argmin(dim=-1, keepdim=True)
+        if settings.multimask == "single":
+            loss, shown = total[..., SINGLE], torch.zeros_like(best)
+        else:
+            three = pick(total, best) if settings.multimask == "best" else total[..., MULTI].mean(dim=-1)
+            if settings.multimask_when == "always":
+                # Token 0 would stay untrained in the document's recipe; it learns from the unambiguous prompts.
+                loss, shown = three + total[..., SINGLE] * ~ambiguous, best
+            else:
+                loss = torch.where(ambiguous, three, total[..., SINGLE])
+                shown = torch.where(ambiguous[..., None], best, SINGLE)
+        return Scores(
+            loss,
+            pick(focal, shown).detach(),
+            pick(dice, shown).detach(),
+            pick(iou_error, shown).detach(),
+            pick(true_iou, shown),
+            self.answer(output, ambiguous).detach(),
+        )
+
+    def answer(self, output: SamOutput, ambiguous: Tensor) -> Tensor:
+        """The mask the network would show, (B, M, h, w) logits: by predicted IoU of three, or the single token's."""
+        if self.config.loss.multimask == "single":
+            return output.low_res_logits[:, :, SINGLE]
+        best = best_predicted(output)
+        if self.config.loss.multimask_when == "always":
+            return best
+        return torch.where(ambiguous[..., None, None], best, output.low_res_logits[:, :, SINGLE])
+
+    def _mean(self, per_mask: Tensor, batch: SamBatch) -> Tensor:
+        if self.config.loss.normalize == "image_mean":
+            return mean_per_image(per_mask, batch.mask_valid, batch.image_weight, batch.num_images)
+        return mean_per_mask(per_mask, batch.mask_valid, batch.image_weight, batch.num_masks)
+
+    def _metrics(self, scores: Scores, batch: SamBatch, prefix: str) -> dict[str, Tensor]:
+        parts = {"focal": scores.focal, "dice": scores.dice, "iou_error": scores.iou_error, "iou": scores.iou}
+        return {prefix + name: self._mean(part, batch) for name, part in parts.items()}
+
+
+def num_prompts(prompts: PromptBatch) -> Tensor:
+    """How many prompts each mask has, (B, M): points, a box, a mask."""
+    return (prompts.point_labels != NO_POINT).sum(dim=-1) + prompts.has_box.int() + prompts.has_mask.int()
+
+
+def pick(values: Tensor, index: Tensor) -> Tensor:
+    """(B, M, K) at (B, M, 1) to (B, M)."""
+    return values.gather(-1, index)[..., 0]
+
+
+def best_predicted(output: SamOutput) -> Tensor:
+    """Of the three ambiguous hypotheses the one of highest predicted IoU, (B, M, h, w) logits, fp32."""
+    best = output.iou_predictions[..., MULTI].argmax(dim=-1)[..., None, None, None]
+    logits = output.low_res_logits[:, :, MULTI]
+    return logits.gather(2, best.expand(-1, -1, 1, *logits.shape[-2:]))[:, :, 0].float()
+
+
+def resize_logits(logits: Tensor, size: int) -> Tensor:
+    """Bilinear resize of (..., h, w) logits to (..., size, size), in fp32 (half precision would move the edge)."""
+    logits = logits.float()
+    if logits.shape[-1] == size:
+        return logits
+    flat = logits.flatten(0, -3)[:, None]
+    return F.interpolate(flat, (size, size), mode="bilinear", align_corners=False).view(*logits.shape[:-2], size, size)
+
+
+def content_mask(batch: SamBatch, size: int) -> Tensor:
+    """Cells of a `size` grid over the input whose centre lies on the image and not on padding, (B, 1, s, s) bool."""
+    centres = (torch.arange(size, device=batch.images.device) + 0.5) * (batch.images.shape[-1] / size)
+    rows = centres[None, :] < batch.image_sizes[:, :1]
+    columns = centres[None, :] < batch.image_sizes[:, 1:]
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def pad_points(coords: Tensor, labels: Tensor, num_more: int) -> tuple[Tensor, Tensor]:
+    """Empty slots for the clicks of later rounds: (B, M, P, 2) and (B, M, P) to P + num_more."""
+    return F.pad(coords, (0, 0, 0, num_more)), F.pad(labels, (0, num_more), value=NO_POINT)
