@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,10 @@ from trainer.distributed import World, barrier, broadcast_object, gather_objects
 from trainer.parallel.engine import Engine
 
 log = logging.getLogger(__name__)
+# Said at every save and load of a run on one process, where it is what we ask for.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-_STEP_NAME = re.compile(r"step_(\d{8,})")
+_STEP_NAME = re.compile(r"step_\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,9 @@ class Checkpointer:
         """Delete what is older than the `keep_last` newest whole checkpoints; never the one just written."""
         directories = _step_directories(self.directory)
         whole = [path for path in directories if not check_files(path, read=False)]
-        oldest_kept = whole[-self.keep_last :][0]
-        for path in directories:
-            if path.name < min(oldest_kept.name, newest.name):
-                shutil.rmtree(path)
+        kept = {newest, *whole[-self.keep_last :]}
+        for path in directories[: min(directories.index(path) for path in kept)]:
+            shutil.rmtree(path)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -202,8 +203,7 @@ def _check_fit(path: Path, stored: dict[str, Any], state: dict[str, Tensor]) -> 
 def _step_directories(directory: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
     paths = [path for path in directory.glob("step_*") if _STEP_NAME.fullmatch(path.name)]
-    step_of: Callable[[Path], int] = lambda path: int(path.name.removeprefix("step_"))  # noqa: E731
-    return sorted(paths, key=step_of)
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def _sha256(path: Path) -> str:

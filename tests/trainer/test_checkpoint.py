@@ -1,0 +1,196 @@
+"""A checkpoint is whole or not there, and what is there loads."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainer.parallel.drive import different_keys, make_engine, run_steps, whole_state
+from tests.trainer.parallel.toy import ToyTask, toy_config, toy_groups
+from trainer import checkpoint
+from trainer.checkpoint import Checkpointer, RunState, check_files, load_weights, read_run_state
+from trainer.distributed import single_process
+from trainer.parallel.engine import Engine, build_engine
+
+WORLD = single_process("cpu")
+
+
+def state_at(step: int) -> RunState:
+    return RunState(step=step, samples_seen=8 * step, phase=0, fingerprint={"seed": 3, "global_batch": 8})
+
+
+@pytest.fixture
+def engine() -> Engine:
+    engine = make_engine(WORLD, "ddp", "fp16", initial_loss_scale=1024.0)
+    run_steps(engine, WORLD, range(2))
+    return engine
+
+
+@pytest.fixture
+def checkpointer(tmp_path: Path) -> Checkpointer:
+    return Checkpointer(tmp_path / "checkpoints", keep_last=2, world=WORLD)
+
+
+def names(checkpointer: Checkpointer) -> list[str]:
+    return sorted(path.name for path in checkpointer.directory.iterdir())
+
+
+def data_file(path: Path) -> Path:
+    return next(path.glob("*.distcp"))
+
+
+def test_there_and_back(engine: Engine, checkpointer: Checkpointer) -> None:
+    assert checkpointer.newest() is None
+    saved = whole_state(engine)
+    path = checkpointer.save(engine, state_at(2))
+    assert names(checkpointer) == ["LATEST", "step_00000002"]
+    assert (checkpointer.directory / "LATEST").read_text() == "step_00000002\n"
+    assert check_files(path, read=True) == []
+    assert checkpointer.newest() == path
+
+    going_on = run_steps(engine, WORLD, range(2, 4))
+    fresh = make_engine(WORLD, "ddp", "fp16", initial_loss_scale=4.0)
+    assert checkpointer.load(path, fresh) == state_at(2) == read_run_state(path)
+    assert different_keys(saved, whole_state(fresh)) == []
+    assert fresh.loss_scale == 1024.0
+    again = run_steps(fresh, WORLD, range(2, 4))
+    assert (again.losses, again.norms) == (going_on.losses, going_on.norms)  # to the bit
+
+
+def test_the_schema(engine: Engine) -> None:
+    state = engine.state_dict()
+    task = ToyTask()
+    parameters = [name for name, _ in task.named_parameters()]
+    kinds = ("model", "optim.exp_avg", "optim.exp_avg_sq", "optim.step")
+    wanted = {f"{kind}.{name}" for kind in kinds for name in parameters}
+    assert set(state) == wanted | {"model.fourier", "scaler.scale", "scaler.growth_tracker"}
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert state["optim.step.decoder.head.weight"].ndim == 0
+
+
+def test_weights_alone(engine: Engine, checkpointer: Checkpointer) -> None:
+    path = checkpointer.save(engine, state_at(2))
+    weights, wanted = load_weights(path), engine.full_weights()
+    assert different_keys(weights, wanted) == []
+    ToyTask().load_state_dict(weights)
+
+
+def test_older_ones_are_pruned_after_the_new_one_is_there(engine: Engine, checkpointer: Checkpointer) -> None:
+    for step in (2, 3, 10, 100):
+        checkpointer.save(engine, state_at(step))
+    assert names(checkpointer) == ["LATEST", "step_00000010", "step_00000100"]
+
+
+def test_damaged_ones_do_not_count_as_kept(engine: Engine, checkpointer: Checkpointer) -> None:
+    paths = [checkpointer.save(engine, state_at(step)) for step in (2, 3)]
+    (paths[1] / "COMPLETE").unlink()
+    checkpointer.save(engine, state_at(4))
+    assert paths[0].exists()  # two whole ones are kept: 2 and 4
+
+
+def test_saving_a_step_again_replaces_it(engine: Engine, checkpointer: Checkpointer) -> None:
+    checkpointer.save(engine, state_at(2))
+    run_steps(engine, WORLD, range(2, 3))
+    saved = whole_state(engine)
+    path = checkpointer.save(engine, RunState(2, 24, 0))
+    assert names(checkpointer) == ["LATEST", "step_00000002"]
+    assert read_run_state(path).samples_seen == 24
+    assert different_keys(load_weights(path), engine.full_weights()) == []
+    assert "optim.step.decoder.head.weight" in saved
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing file", "no marker", "no checksums", "torn checksums"])
+def test_newest_walks_back_over_damage(
+    engine: Engine, checkpointer: Checkpointer, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, bad = (checkpointer.save(engine, state_at(step)) for step in (2, 3))
+    if damage == "truncated":
+        os.truncate(data_file(bad), data_file(bad).stat().st_size - 1)
+    elif damage == "missing file":
+        data_file(bad).unlink()
+    elif damage == "no marker":
+        (bad / "COMPLETE").unlink()
+    elif damage == "no checksums":
+        (bad / "checksums.json").unlink()
+    else:
+        os.truncate(bad / "checksums.json", 20)
+    with caplog.at_level(logging.WARNING):
+        assert checkpointer.newest() == good
+    assert "step_00000003 is passed over" in caplog.text
+
+
+def test_a_flipped_bit_is_found_by_reading(engine: Engine, checkpointer: Checkpointer) -> None:
+    path = checkpointer.save(engine, state_at(2))
+    content = bytearray(data_file(path).read_bytes())
+    content[len(content) // 2] ^= 1
+    data_file(path).write_bytes(content)
+    assert check_files(path, read=False) == []
+    assert ["SHA-256" in problem for problem in check_files(path, read=True)] == [True]
+
+
+@pytest.mark.parametrize("dies_in", ["_sha256", "_sync_directory"])
+def test_a_save_that_dies_leaves_the_older_one(
+    engine: Engine, checkpointer: Checkpointer, monkeypatch: pytest.MonkeyPatch, dies_in: str
+) -> None:
+    """Before the files are described, and after everything but the rename."""
+    good = checkpointer.save(engine, state_at(2))
+
+    def die(path: Path) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, dies_in, die)
+        with pytest.raises(OSError, match="disk full"):
+            checkpointer.save(engine, state_at(3))
+    assert checkpointer.newest() == good
+    assert names(checkpointer) == ["LATEST", "step_00000002", "step_00000003.tmp"]
+    checkpointer.load(good, make_engine(WORLD, "ddp"))
+    assert checkpointer.save(engine, state_at(3)) == checkpointer.newest()  # what was left does not stand in the way
+
+
+def test_precision_may_change(checkpointer: Checkpointer, engine: Engine) -> None:
+    """fp16 to bf16 drops the loss scale, and back it starts anew."""
+    path = checkpointer.save(engine, state_at(2))
+    bf16 = make_engine(WORLD, "ddp", "bf16")
+    checkpointer.load(path, bf16)
+    path = checkpointer.save(bf16, state_at(3))
+    fp16 = make_engine(WORLD, "ddp", "fp16", initial_loss_scale=64.0)
+    checkpointer.load(path, fp16)
+    assert fp16.loss_scale == 64.0
+
+
+def test_parts_that_get_frozen_keep_their_weights(checkpointer: Checkpointer, engine: Engine) -> None:
+    path = checkpointer.save(engine, state_at(2))
+    frozen = make_engine(WORLD, "ddp", frozen=True)
+    checkpointer.load(path, frozen)
+    assert different_keys(frozen.full_weights(), engine.full_weights()) == []
+
+
+def test_what_does_not_fit_is_named(checkpointer: Checkpointer, engine: Engine) -> None:
+    path = checkpointer.save(engine, state_at(2))
+    task = ToyTask()
+    task.decoder.head = torch.nn.Linear(10, 4)
+    task.extra = torch.nn.Parameter(torch.zeros(1))
+    del task.counts_nothing
+    other = build_engine(task, toy_config(), toy_groups(task), WORLD)
+    with pytest.raises(ValueError, match="does not fit") as error:
+        checkpointer.load(path, other)
+    for part in (
+        "model.extra is not in it",
+        "model.counts_nothing is not in the task",
+        "model.decoder.head.weight has shape (3, 10) in it, (4, 10) in the task",
+    ):
+        assert part in str(error.value)
+
+
+def test_the_run_state_is_readable_by_people(checkpointer: Checkpointer, engine: Engine) -> None:
+    path = checkpointer.save(engine, state_at(2))
+    assert json.loads((path / "run_state.json").read_text()) == {
+        "step": 2,
+        "samples_seen": 16,
+        "phase": 0,
+        "fingerprint": {"seed": 3, "global_batch": 8},
+    }
