@@ -198,11 +198,12 @@ class Checkpoint(Section):
 class Log(Section):
     every_steps: Count = 50
     pictures_every_steps: Count = 1000
+    sample_keys: bool = False  # also write every step's keys and draws, one file a rank, to compare runs
 
 
 class Evaluate(Section):
     every_steps: Count = 5000
-    num_images: Count = 64
+    num_images: Count = 64  # of the hold-out, the same first ones every time
     clicks: tuple[Count, ...] = (1, 3, 5)
 
 

@@ -153,7 +153,7 @@ class _Session:
         return np.array([self.content[1] / self.size[1], self.content[0] / self.size[0]])
 
     def bitmaps(self, logits: Tensor) -> np.ndarray:
-        """Low-resolution logits (1, M, h, w) to bitmaps (M, Y, X): up to the input, unpad, to the original, cut at 0."""
+        """Low-resolution logits (1, M, h, w) to bitmaps (M, Y, X) of the original image."""
         return upsample_to_original(logits, self.input_size, self.content, self.size)[0]
 
 

@@ -1,8 +1,9 @@
 """One training step of stage 1: hide patches, reconstruct them, score what was hidden (MAE, sections 3 and 4).
 
-Letters: B images, H W input pixels, L patches.
+Letters: B images, H W input pixels, L patches, D values a patch.
 """
 
+import torch
 from torch import Tensor, nn
 
 from model.mae import MaskedAutoencoder
@@ -12,7 +13,7 @@ from trainer.data.images import jitter_colors
 
 
 class MaeTask(nn.Module):
-    """`forward(batch) -> (loss, metrics)`."""
+    """`forward(batch) -> (loss, metrics)`; in evaluation `(rebuilt, hidden)` for pictures, both (B, 3, H, W)."""
 
     def __init__(self, mae: MaskedAutoencoder, config: MaeConfig) -> None:
         super().__init__()
@@ -22,10 +23,21 @@ class MaeTask(nn.Module):
     def shard_units(self) -> list[nn.Module]:
         return self.mae.shard_units()
 
-    def forward(self, batch: MaeBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: MaeBatch) -> tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, Tensor]:
         images = jitter_colors(batch.images, batch.color_factors) if self.config.data.color_jitter else batch.images
         images = self.mae.normalize_images(images)
-        predictions, hidden = self.mae(images, batch.noise)
+        predictions, hidden = self.mae(images, batch.noise)  # (B, L, D), (B, L)
+        if not self.training:
+            return self.rebuild(images, predictions, hidden)
         per_image = self.mae.forward_loss(images, predictions, hidden)  # (B,)
         loss = (per_image * batch.image_weight).sum() / batch.num_images
         return loss, {"loss": loss.detach()}
+
+    def rebuild(self, images: Tensor, predictions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted pixels 0..255, and where they were hidden. Normalised targets get their patch's own statistics."""
+        if self.mae.norm_pix_loss:
+            patches = self.mae.patchify(images)
+            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+            predictions = predictions.float() * (variance + 1e-6).sqrt() + mean
+        pixels = self.mae.unpatchify(predictions.float()) * self.mae.pixel_std + self.mae.pixel_mean
+        return pixels, self.mae.unpatchify(hidden[..., None].float().expand_as(predictions))

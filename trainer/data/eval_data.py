@@ -1,5 +1,6 @@
 """Images and their masks for evaluation: no augmentation, masks whole and at original resolution."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -34,7 +35,7 @@ def evaluation_batches(
     Ranks that run out yield batches without truths, since the forward pass is collective under sharding.
     """
     mine = rows[rank::num_ranks]
-    num_batches = -(-(-(-len(rows) // num_ranks)) // batch_size)
+    num_batches = math.ceil(math.ceil(len(rows) / num_ranks) / batch_size)
     for number in range(num_batches):
         yield evaluation_batch(reader, mine[number * batch_size : (number + 1) * batch_size], config)
 

@@ -1,0 +1,108 @@
+"""The only training loop, for both stages. It is handed objects and knows no task, network, pipeline or backend."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import IO
+
+import torch
+
+from trainer.checkpoint import Checkpointer, RunState
+from trainer.data.batches import Batch
+from trainer.distributed import World, sum_on_host
+from trainer.guard import Guard
+from trainer.metrics import Logger, Meter, console_line
+from trainer.parallel.engine import Engine
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What this stretch of the run does, all derived from the config once. Intervals are in steps."""
+
+    first_step: int
+    last_step: int  # of this phase
+    num_steps: int  # of the whole run
+    num_micro: int  # micro-batches a rank and step
+    global_size: int
+    seed: int
+    log_every: int
+    save_every: int
+    evaluate_every: int
+    lr_at: Callable[[int], float]
+    state_at: Callable[[int], RunState]
+
+
+def train(
+    engine: Engine,
+    batches: Iterator[Batch],
+    plan: Plan,
+    world: World,
+    checkpointer: Checkpointer,
+    logger: Logger,
+    guard: Guard,
+    evaluate: Callable[[Engine, int], None],
+    sample_log: IO[str] | None,
+) -> bool:
+    """Train from `plan.first_step` to `plan.last_step`. Returns whether it was asked to stop before the end."""
+    meter = Meter()
+    engine.task.train()
+    for step in range(plan.first_step, plan.last_step):
+        seed_step(plan.seed, step, world)
+        engine.set_lr(plan.lr_at(step))
+        started = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(plan.num_micro)]
+        meter.data_seconds += time.perf_counter() - started
+        num_images, num_masks, stop = agree(micro_batches, guard, world)
+
+        for number, batch in enumerate(micro_batches):
+            note_samples(batch, step, meter, sample_log)
+            loss, metrics = engine(batch.counted(num_images, num_masks).to(world.device))
+            engine.backward(loss, last=number + 1 == plan.num_micro)
+            meter.add(metrics)
+        meter.end_step(engine.step())
+
+        done = step + 1
+        if done % plan.log_every == 0 or done == plan.last_step or stop:
+            values = meter.collect(world) | {"optim/lr": plan.lr_at(step), "optim/loss_scale": engine.loss_scale}
+            values |= {f"optim/lr_group_{i}": lr for i, lr in enumerate(engine.lrs())}
+            values["optim/skipped_steps"] = float(engine.num_skipped)
+            values["speed/images_per_second"] = plan.global_size / values["speed/step_seconds"]
+            logger.scalars(done, values)
+            logger.say(console_line(done, plan.num_steps, values, plan.global_size))
+            meter = Meter()
+        if done % plan.evaluate_every == 0 or done == plan.last_step:
+            evaluate(engine, done)
+            engine.task.train()
+        if done % plan.save_every == 0 or done == plan.last_step or stop:
+            checkpointer.save(engine, plan.state_at(done))
+        if stop and done < plan.num_steps:
+            logger.say(f"stopped at step {done} of {plan.num_steps}; the same command goes on from here")
+            return True
+    return False
+
+
+def agree(micro_batches: list[Batch], guard: Guard, world: World) -> tuple[float, float, bool]:
+    """Images and masks of the global batch, and whether any rank was asked to stop: one sum between hosts a step."""
+    counts = [batch.local_counts() for batch in micro_batches]
+    images, masks = (float(sum(column)) for column in zip(*counts, strict=True))
+    num_images, num_masks, stop = sum_on_host([images, masks, float(guard.stop_requested)], world)
+    return num_images, num_masks, stop > 0
+
+
+def seed_step(seed: int, step: int, world: World) -> None:
+    """What randomness is not shipped with the batch (decoder dropout) depends on (seed, step, rank) alone."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + world.rank) % 2**63)
+
+
+def note_samples(batch: Batch, step: int, meter: Meter, sample_log: IO[str] | None) -> None:
+    """Count and name broken samples; write down what was trained on, if asked."""
+    meter.num_problems += len(batch.problems)
+    for problem in batch.problems:
+        print(f"step {step}: sample trains nothing: {problem}", flush=True)
+    if sample_log is not None:
+        positions, weights = batch.positions.tolist(), batch.image_weight.tolist()
+        for position, key, weight in zip(positions, batch.keys, weights, strict=True):
+            if position >= 0:
+                sample_log.write(json.dumps({"step": step, "position": position, "key": key, "weight": weight}) + "\n")
+        sample_log.flush()

@@ -1,0 +1,64 @@
+"""Pictures that a person can read: prompts, truth and prediction side by side; input, masked, reconstruction."""
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+TRUTH, PREDICTED, POSITIVE, NEGATIVE, BOX = (60, 200, 80), (255, 140, 0), (40, 220, 60), (230, 40, 40), (60, 120, 255)
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    """`image` (Y, X, 3) uint8 with `mask` (Y, X) bool tinted and outlined."""
+    out = image.astype(np.float32)
+    out[mask] = 0.5 * out[mask] + 0.5 * np.array(color)
+    padded = np.pad(mask, 1)
+    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    out[mask & ~inside] = color
+    return out.astype(np.uint8)
+
+
+def enlarge(image: np.ndarray, side: int) -> tuple[Image.Image, float]:
+    """The image with its long side brought to `side` pixels, and the factor."""
+    factor = side / max(image.shape[:2])
+    size = (round(image.shape[1] * factor), round(image.shape[0] * factor))
+    return Image.fromarray(image).resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BOX), factor
+
+
+def draw_prompts(
+    image: np.ndarray,
+    side: int,
+    clicks: list[tuple[float, float, int]],
+    box: tuple[float, float, float, float] | None,
+    caption: str,
+) -> np.ndarray:
+    """A square panel of `side` pixels: the image, clicks (green + object, red - background), the box x1 y1 x2 y2."""
+    panel = Image.new("RGB", (side, side + 14), "white")
+    picture, factor = enlarge(image, side)
+    panel.paste(picture, (0, 14))
+    pen = ImageDraw.Draw(panel)
+    pen.text((2, 1), caption, fill="black")
+    if box is not None:
+        pen.rectangle([round(c * factor) + (14 if i % 2 else 0) for i, c in enumerate(box)], outline=BOX, width=2)
+    for number, (x, y, label) in enumerate(clicks, 1):
+        cx, cy = (x + 0.5) * factor, (y + 0.5) * factor + 14
+        pen.ellipse([cx - 5, cy - 5, cx + 5, cy + 5], fill=POSITIVE if label else NEGATIVE, outline="white")
+        pen.text((cx - 3, cy - 6), str(number), fill="white")
+    return np.asarray(panel)
+
+
+def grid(rows: list[list[np.ndarray]], gap: int = 4) -> np.ndarray:
+    """Panels of equal size, row by row, on white."""
+    height, width = rows[0][0].shape[:2]
+    num_columns = max(len(row) for row in rows)
+    sheet = np.full((len(rows) * (height + gap) - gap, num_columns * (width + gap) - gap, 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, panel in enumerate(row):
+            y, x = r * (height + gap), c * (width + gap)
+            sheet[y : y + height, x : x + width] = panel
+    return sheet
+
+
+def reconstruction(images: np.ndarray, rebuilt: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    """MAE: input, what the encoder saw, what came back (hidden patches only). All (B, Y, X, 3) uint8; hidden bool."""
+    masked = np.where(hidden, np.uint8(127), images)
+    pasted = np.where(hidden, rebuilt, images)
+    return grid([[images[i], masked[i], pasted[i]] for i in range(len(images))])

@@ -1,0 +1,134 @@
+"""What differs between the two stages: a task module and a data pipeline. Everything else is shared."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from model.build import SIZES, build_mae, build_sam
+from model.weights import mae_to_sam
+from trainer.checkpoint import Checkpointer, load_weights
+from trainer.config import Config, MaeConfig, SamConfig
+from trainer.data.batches import Batch
+from trainer.data.mae_data import MaeDataset
+from trainer.data.order import DataOrder, StepSampler
+from trainer.data.sam_data import SamDataset
+from trainer.data.shards import ShardReader
+from trainer.distributed import World, single_process
+from trainer.mae_task import MaeTask
+from trainer.sam_task import SamTask
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The data of a run: its order and the dataset that turns positions into micro-batches."""
+
+    order: DataOrder
+    dataset: Dataset
+    fingerprint: str
+
+
+def build_pipeline(config: Config) -> Pipeline:
+    """Open the packed data set and fix its order. Raises `ValueError` if it is not of the kind the stage needs."""
+    reader = ShardReader(config.data.shards)
+    if isinstance(config, SamConfig) and reader.manifest.kind != "sa1b":
+        raise ValueError(f"data.shards: {config.data.shards} holds {reader.manifest.kind}, stage sam needs masks")
+    holdout = config.data.holdout_images if isinstance(config, SamConfig) else 0
+    rows, _ = reader.split(holdout)
+    order = DataOrder(rows, config.seed, config.data.lanes, config.data.window)
+    dataset: Dataset
+    if isinstance(config, SamConfig):
+        dataset = SamDataset(reader, order, config, num_blocks=encoder_depth(config))
+    else:
+        num_patches = (config.model.image_size // config.model.patch_size) ** 2
+        dataset = MaeDataset(reader, order, config.data, config.seed, config.model.image_size, num_patches)
+    return Pipeline(order, dataset, reader.fingerprint())
+
+
+def build_batches(pipeline: Pipeline, config: Config, world: World, first_step: int, last_step: int) -> Iterator[Batch]:
+    """This rank's micro-batches of the steps `first_step` to `last_step`, in order, decoded in worker processes."""
+    sampler = StepSampler(
+        config.batch.global_size,
+        config.data.lanes,
+        world.rank,
+        world.size,
+        config.batch.micro,
+        first_step,
+        last_step,
+    )
+    workers = config.data.workers
+    loader = DataLoader(
+        pipeline.dataset,
+        sampler=sampler,  # of micro-batches: automatic batching is off
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=config.data.prefetch if workers else None,
+        pin_memory=world.device.type == "cuda",
+        multiprocessing_context="forkserver" if workers else None,  # fork with CUDA or gloo threads alive may hang
+    )
+    return iter(loader)
+
+
+def build_task(config: Config, frozen: tuple[str, ...], initial_weights: bool) -> nn.Module:
+    """The task module of the run's stage on the CPU, seeded; `initial_weights`: also read `model.init_from`."""
+    if isinstance(config, SamConfig):
+        return build_sam_task(config, frozen, initial_weights)
+    torch.manual_seed(config.seed)
+    model = config.model
+    mae = build_mae(
+        model.size,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        mask_ratio=model.mask_ratio,
+        norm_pix_loss=model.norm_pix_loss,
+        decoder_dim=model.decoder_dim,
+        decoder_depth=model.decoder_depth,
+        decoder_heads=model.decoder_heads,
+    )
+    return MaeTask(mae, config)
+
+
+def build_sam_task(config: SamConfig, frozen: tuple[str, ...], initial_weights: bool) -> SamTask:
+    torch.manual_seed(config.seed)
+    model = config.model
+    sam = build_sam(
+        model.size,
+        image_size=model.image_size,
+        drop_path_rate=model.drop_path,
+        decoder_dropout=model.decoder_dropout,
+    )
+    if initial_weights and model.init_from is not None:
+        weights = read_weights(model.init_from)
+        if any(name.startswith("decoder_blocks.") or name == "cls_token" for name in weights):
+            report = mae_to_sam(weights, sam, patch_resize=model.patch_resize)
+            print(report.summary(), flush=True)
+        else:
+            sam.load_state_dict(weights, strict=True)
+    return SamTask(sam, config, frozen)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Network weights from a run directory, one of its checkpoints, or a file of `torch.save` (`.pth`).
+
+    Names are the network's own: the task's prefix is removed. Raises `ValueError` if nothing is found.
+    """
+    if path.is_file():
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+        return tree["model"] if "model" in tree else tree
+    checkpoints = path / "checkpoints"
+    if checkpoints.is_dir():
+        newest = Checkpointer(checkpoints, 1, single_process()).newest()
+        if newest is None:
+            raise ValueError(f"{checkpoints} holds no complete checkpoint")
+        path = newest
+    elif not (path / "COMPLETE").is_file():
+        raise ValueError(f"{path} is neither a run, a complete checkpoint nor a file of weights")
+    return {name.split(".", 1)[1]: value for name, value in load_weights(path).items()}
+
+
+def encoder_depth(config: SamConfig) -> int:
+    """Blocks of the image encoder: how many drop-path draws a sample needs, how many layers the rate decays over."""
+    return SIZES[config.model.size].depth
