@@ -119,7 +119,13 @@ def test_both_launchers_start_the_deepspeed_engine(launcher: str, tmp_path: Path
         "stop_world(world)\n"
     )
     if launcher == "torchrun":
-        command = [str(bin_folder / "torchrun"), "--standalone", "--nproc-per-node", "2", str(script)]
+        command = [
+            str(bin_folder / "torchrun"),
+            "--standalone",
+            "--local-addr=127.0.0.1",
+            "--nproc-per-node=2",
+            str(script),
+        ]
     else:
         command = [
             str(bin_folder / "deepspeed"),

@@ -35,6 +35,10 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
+# On the CPU DeepSpeed would compile a shared-memory all-reduce at first use: most of a minute, and a compiler, for runs
+# that only try things out. Without it gloo does the same.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BUCKET_ELEMENTS = 50_000_000  # of a reduction or gathering: 200 MB in fp32, where DeepSpeed's default takes 2 GB
 
