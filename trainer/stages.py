@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from model.build import SIZES, build_mae, build_sam
 from model.weights import mae_to_sam
 from trainer.checkpoint import Checkpointer, load_weights
-from trainer.config import Config, MaeConfig, SamConfig
+from trainer.config import Config, SamConfig
 from trainer.data.batches import Batch
 from trainer.data.mae_data import MaeDataset
 from trainer.data.order import DataOrder, StepSampler
@@ -83,7 +83,7 @@ def build_task(config: Config, frozen: tuple[str, ...], initial_weights: bool) -
         image_size=model.image_size,
         patch_size=model.patch_size,
         mask_ratio=model.mask_ratio,
-        norm_pix_loss=model.norm_pix_loss,
+        norm_pix=model.norm_pix_loss,
         decoder_dim=model.decoder_dim,
         decoder_depth=model.decoder_depth,
         decoder_heads=model.decoder_heads,
@@ -117,7 +117,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     if path.is_file():
         tree = torch.load(path, map_location="cpu", weights_only=True)
-        return tree["model"] if "model" in tree else tree
+        return tree.get("model", tree)
     checkpoints = path / "checkpoints"
     if checkpoints.is_dir():
         newest = Checkpointer(checkpoints, 1, single_process()).newest()

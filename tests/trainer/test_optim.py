@@ -1,0 +1,76 @@
+"""Groups and schedules: the multiplier of every parameter, groups that cover all, curves at their corners."""
+
+import pytest
+import torch
+from torch import nn
+
+from model.build import build_sam
+from trainer.config import Batch, Optim, Phase, Schedule
+from trainer.optim import base_lr, first_trained, layer_multiplier, lr_at, param_groups, phase_ends, steps_of
+
+
+def test_layer_decay_of_vit_h_is_the_published_one():
+    def multiplier(name):
+        return layer_multiplier(f"sam.{name}", 32, 0.8)
+
+    assert multiplier("image_encoder.patch_embed.proj.weight") == pytest.approx(0.8**33)
+    assert multiplier("image_encoder.pos_embed") == pytest.approx(0.8**33)
+    assert multiplier("image_encoder.blocks.0.attn.qkv.weight") == pytest.approx(0.8**32)
+    assert multiplier("image_encoder.blocks.31.mlp.lin1.bias") == pytest.approx(0.8)
+    assert multiplier("image_encoder.neck.0.weight") == 1.0
+    assert multiplier("mask_decoder.transformer.layers.0.norm1.weight") == 1.0
+    assert multiplier("prompt_encoder.no_mask_embed.weight") == 1.0
+
+
+def test_groups_hold_every_trained_parameter_once_and_are_few():
+    sam = nn.ModuleDict({"sam": build_sam("vit_tiny", image_size=64)})
+    optim = Optim(lr=1e-3, layer_decay=0.8, decay_bias_and_norm=False)
+    phases = (Phase(name="a", steps=1, frozen=("image_encoder",)), Phase(name="b", steps=1))
+    groups = param_groups(sam.named_parameters(), optim, 4, first_trained(phases))
+    names = [name for group in groups for name in group.names]
+    assert sorted(names) == sorted(name for name, _ in sam.named_parameters())
+    # Six layers of the encoder and the rest, decayed or not; the encoder's top and the decoder join at other times.
+    assert len(groups) <= 16
+    for group in groups:
+        assert len({name.split(".")[1] == "image_encoder" for name in group.names}) == 1, "other step counts"
+        if group.weight_decay == 0:
+            assert all(dict(sam.named_parameters())[name].ndim <= 1 or name.endswith("bias") for name in group.names)
+
+
+def test_frozen_parameters_are_in_no_group():
+    net = nn.Linear(2, 2)
+    net.weight.requires_grad_(False)
+    groups = param_groups(net.named_parameters(), Optim(lr=1.0), 1, {})
+    assert [group.names for group in groups] == [("bias",)]
+
+
+def test_cosine_meets_its_warmup_and_ends_at_the_minimum():
+    schedule = Schedule(kind="cosine", warmup_steps=10, min_lr=0.1)
+    curve = [lr_at(step, schedule, 1.0, 10, 110) for step in range(111)]
+    assert curve[0] == pytest.approx(0.1)
+    assert curve[9] == curve[10] == 1.0
+    assert curve[60] == pytest.approx(0.55)
+    assert curve[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(curve[10:], curve[11:], strict=False))
+
+
+def test_multistep_drops_at_the_published_milestones():
+    schedule = Schedule(kind="multistep", warmup_steps=250, milestones=(60_000, 86_666))
+    at = [lr_at(step, schedule, 8e-4, 250, 90_000) for step in (249, 59_999, 60_000, 86_666)]
+    assert at == pytest.approx([8e-4, 8e-4, 8e-5, 8e-6])
+
+
+def test_lengths_in_epochs_and_steps():
+    assert steps_of(1600, 1_281_167, 4096) == 500_455
+    phases = (Phase(name="a", steps=100), Phase(name="b", epochs=2))
+    assert phase_ends(phases, num_samples=50, global_size=10) == [100, 110]
+    assert base_lr(Optim(lr=1.5e-4, lr_per_256=True), Batch(global_size=4096, micro=32)) == pytest.approx(2.4e-3)
+    assert first_trained((Phase(name="a", steps=1, frozen=("image_encoder",)), Phase(name="b", steps=1))) == {
+        "image_encoder": 1
+    }
+
+
+def test_schedule_is_a_function_of_the_step_alone():
+    schedule = Schedule(kind="constant", warmup_steps=4)
+    assert [lr_at(step, schedule, 2.0, 4, 9) for step in (0, 3, 4, 8)] == [0.5, 2.0, 2.0, 2.0]
+    assert torch.isfinite(torch.tensor(lr_at(0, Schedule(warmup_steps=0), 1.0, 0, 1)))
