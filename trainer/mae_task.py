@@ -6,7 +6,7 @@ Letters: B images, H W input pixels, L patches, D values a patch.
 import torch
 from torch import Tensor, nn
 
-from model.mae import MaskedAutoencoder
+from model.mae import MaskedAutoencoder, patchify, unpatchify
 from trainer.config import MaeConfig
 from trainer.data.batches import MaeBatch
 from trainer.data.images import jitter_colors
@@ -35,9 +35,10 @@ class MaeTask(nn.Module):
 
     def rebuild(self, images: Tensor, predictions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted pixels 0..255, and where they were hidden. Normalised targets get their patch's own statistics."""
-        if self.mae.norm_pix_loss:
-            patches = self.mae.patchify(images)
+        patches = patchify(images, self.mae.patch_size)
+        if self.mae.norm_pix:
             variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
             predictions = predictions.float() * (variance + 1e-6).sqrt() + mean
-        pixels = self.mae.unpatchify(predictions.float()) * self.mae.pixel_std + self.mae.pixel_mean
-        return pixels, self.mae.unpatchify(hidden[..., None].float().expand_as(predictions))
+        size, grid = self.mae.patch_size, self.mae.grid
+        pixels = unpatchify(predictions.float(), size, grid) * self.mae.pixel_std + self.mae.pixel_mean
+        return pixels, unpatchify(hidden[..., None].float().expand_as(patches), size, grid)

@@ -35,9 +35,7 @@ def test_epochs_and_seeds_differ():
     assert epoch == [make_order([50, 50]).row(p) for p in range(100)]
 
 
-@given(
-    global_batch=st.integers(1, 40), lanes=st.integers(1, 16), num_ranks=st.integers(1, 7), micro=st.integers(1, 9)
-)
+@given(global_batch=st.integers(1, 40), lanes=st.integers(1, 16), num_ranks=st.integers(1, 7), micro=st.integers(1, 9))
 def test_ranks_share_a_step_exactly(global_batch, lanes, num_ranks, micro):
     shares = [slots_of_rank(global_batch, lanes, rank, num_ranks, micro) for rank in range(num_ranks)]
     slots = [slot for share in shares for batch in share for slot in batch if slot >= 0]
