@@ -4,8 +4,10 @@ A packed data set is one directory::
 
     shard-000000.tar          WebDataset: members KEY.jpg, KEY.json adjacent, in source order
     shard-000000.index.npy    one row a position of the shard, dtype INDEX_DTYPE
+    shard-000000.info.json    counts, SHA-256, bad samples and warnings of the shard; its presence says: finished
     ...
     index/COLUMN.npy          the rows of all shards joined, one memory-mapped file a column
+    quarantine.json           positions to train on with weight zero; absent if there are none
     manifest.json             counts, sizes and SHA-256 of every shard, in order; written last
 
 A *position* is a place in the sorted source listing; a *sample* is a position whose source was valid. A source that
@@ -15,7 +17,9 @@ WebDataset reader reads the shards without it, and the trainer imports only this
 
 import io
 import json
+import os
 import tarfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +30,8 @@ import numpy as np
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 INDEX_DIR = "index"
+QUARANTINE_NAME = "quarantine.json"
+MAX_SIDE = 65535  # pixels; the JPEG format's own limit
 
 INDEX_DTYPE = np.dtype(
     [
@@ -37,6 +43,7 @@ INDEX_DTYPE = np.dtype(
         ("num_masks", "<u4"),
         ("height", "<u4"),  # of the stored JPEG, in pixels
         ("width", "<u4"),
+        ("crc32", "<u4"),  # of the JPEG's bytes followed by the JSON's: names the damaged sample of a damaged shard
     ]
 )
 
@@ -108,6 +115,11 @@ def index_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".index.npy"
 
 
+def info_name(shard: str) -> str:
+    """Name of a shard's own report: `shard-000042.tar` to `shard-000042.info.json`."""
+    return shard.removesuffix(".tar") + ".info.json"
+
+
 def parse_record(data: bytes) -> Record:
     """Decode a JSON member. Raises `ValueError` saying which part is missing or of the wrong type."""
     try:
@@ -120,6 +132,11 @@ def parse_record(data: bytes) -> Record:
     for field, kind in (("image_id", int), ("width", int), ("height", int), ("file_name", str)):
         if not isinstance(image.get(field), kind) or isinstance(image.get(field), bool):
             raise ValueError(f'"image.{field}" should be {kind.__name__}, is {image.get(field)!r}')
+    if not 0 <= image["image_id"] < 2**63:
+        raise ValueError(f'"image.image_id" should be a 63-bit number, is {image["image_id"]}')
+    for field in ("width", "height"):
+        if not 0 < image[field] <= MAX_SIDE:
+            raise ValueError(f'"image.{field}" should be 1 to {MAX_SIDE}, is {image[field]}')
     if not isinstance(annotations, list):
         raise ValueError('"annotations" should be a list')
     for number, annotation in enumerate(annotations):
@@ -168,8 +185,29 @@ def encode_sample(record: Record, jpeg: bytes, offset: int) -> tuple[bytes, tupl
         len(record.annotations),
         record.height,
         record.width,
+        zlib.crc32(data, zlib.crc32(jpeg)),
     )
     return jpg_member + json_member, row
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that, whenever the machine stops, it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+    publish(temporary, path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, after its bytes are on the disk, not only in the cache."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself
+    finally:
+        os.close(directory)
 
 
 def save_manifest(directory: Path, manifest: Manifest) -> None:
@@ -181,9 +219,7 @@ def save_manifest(directory: Path, manifest: Manifest) -> None:
         "num_masks": manifest.num_masks,
         "num_bytes": manifest.num_bytes,
     }
-    temporary = directory / (MANIFEST_NAME + ".tmp")
-    temporary.write_text(json.dumps(tree, indent=1) + "\n")
-    temporary.replace(directory / MANIFEST_NAME)
+    write_whole(Path(directory) / MANIFEST_NAME, (json.dumps(tree, indent=1) + "\n").encode())
 
 
 def load_manifest(directory: Path) -> Manifest:
@@ -193,25 +229,53 @@ def load_manifest(directory: Path) -> Manifest:
         raise ValueError(f"{directory} holds no {MANIFEST_NAME}: pack it with `python -m data_tools.pack`")
     try:
         tree = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} does not parse ({error}): pack the data set again") from error
-    if tree.get("version") != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {tree.get('version')}, this code reads {FORMAT_VERSION}")
-    return Manifest(tree["kind"], tuple(ShardInfo(**shard) for shard in tree["shards"]), tree["version"])
+        version = tree["version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}")
+        return Manifest(tree["kind"], tuple(ShardInfo(**shard) for shard in tree["shards"]), version)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not parse ({error}): `python -m data_tools.index {directory}` writes it anew"
+        ) from error
 
 
 def join_indexes(directory: Path, shards: Iterable[ShardInfo]) -> None:
     """Join the shards' own indexes, in order, into one memory-mappable file a column under `index/`."""
-    rows = [np.load(directory / index_name(shard.name)) for shard in shards]
-    joined = np.concatenate(rows) if rows else np.empty(0, INDEX_DTYPE)
+    directory, shards = Path(directory), list(shards)
+    joined = np.empty(sum(shard.num_positions for shard in shards), INDEX_DTYPE)  # 52 bytes a row
+    start = 0
+    for shard in shards:
+        rows = load_shard_index(directory, shard)
+        joined[start : start + len(rows)] = rows
+        start += len(rows)
     target = directory / INDEX_DIR
     target.mkdir(exist_ok=True)
     for column in INDEX_DTYPE.names or ():
-        buffer = io.BytesIO()
-        np.save(buffer, np.ascontiguousarray(joined[column]))
-        temporary = target / f"{column}.npy.tmp"
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(target / f"{column}.npy")
+        write_whole(target / f"{column}.npy", npy_bytes(np.ascontiguousarray(joined[column])))
+
+
+def load_shard_index(directory: Path, shard: ShardInfo) -> np.ndarray:
+    """A shard's own index. Raises `ValueError` if it is missing or is not what the manifest promises."""
+    path = Path(directory) / index_name(shard.name)
+    hint = f"`python -m data_tools.verify {directory} --repair SRC...` rebuilds it from the source"
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; {hint}") from None
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {hint}") from error
+    if rows.dtype != INDEX_DTYPE:
+        raise ValueError(f"{path} was written in another format; {hint}")
+    if len(rows) != shard.num_positions:
+        raise ValueError(f"{path} has {len(rows)} rows, the manifest says {shard.num_positions}; {hint}")
+    return rows
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The `.npy` file of an array, in memory."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def open_index(directory: Path) -> dict[str, np.ndarray]:
@@ -223,3 +287,32 @@ def open_index(directory: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{path} is missing: `python -m data_tools.index {directory}` writes it anew")
         columns[column] = np.load(path, mmap_mode="r")
     return columns
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A position that is to be trained on with weight zero, which takes it out without renumbering anything."""
+
+    position: int  # row of the joined index
+    key: str  # as well as it can still be told
+    reason: str
+
+
+def save_quarantine(directory: Path, entries: Iterable[Quarantined]) -> None:
+    """Write `quarantine.json`, sorted by position; the first reason of a position stays."""
+    by_position: dict[int, Quarantined] = {}
+    for entry in entries:
+        by_position.setdefault(entry.position, entry)
+    tree = {"version": FORMAT_VERSION, "positions": [asdict(by_position[p]) for p in sorted(by_position)]}
+    write_whole(Path(directory) / QUARANTINE_NAME, (json.dumps(tree, indent=1) + "\n").encode())
+
+
+def load_quarantine(directory: Path) -> list[Quarantined]:
+    """What `quarantine.json` lists, sorted by position; nothing if there is no such file."""
+    path = Path(directory) / QUARANTINE_NAME
+    if not path.is_file():
+        return []
+    try:
+        return [Quarantined(**entry) for entry in json.loads(path.read_text())["positions"]]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not parse ({error}): delete it and run verify --quarantine again") from error
