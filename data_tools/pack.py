@@ -225,7 +225,7 @@ class Progress:
         self.bar.refresh()
 
     def found(self, task: ShardTask, report: ShardReport) -> None:
-        size = self.bytes_per_entry[task.name] * len(task.entries)
+        size = round(self.bytes_per_entry[task.name] * len(task.entries))
         self.bar.initial += size
         self.bar.n += size
         self.num_found += 1
@@ -236,13 +236,14 @@ class Progress:
         self.num_images += report.info.num_samples
         self.num_bad += len(report.bad)
         self.bar.set_postfix_str(f"{self.num_images / self.seconds:.0f} images/s", refresh=False)
-        self.bar.update(self.bytes_per_entry[task.name] * len(task.entries))
+        self.bar.update(round(self.bytes_per_entry[task.name] * len(task.entries)))
 
     @property
     def seconds(self) -> float:
         return max(time.monotonic() - self.start_s, 1e-6)
 
     def close(self) -> None:
+        self.bar.n = self.bar.total  # a few bytes off by rounding
         self.bar.close()
 
     def summary(self) -> str:

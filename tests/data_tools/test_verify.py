@@ -1,0 +1,197 @@
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.pack import main as pack
+from data_tools.sample_format import (
+    INDEX_DIR,
+    INDEX_DTYPE,
+    Manifest,
+    ShardInfo,
+    index_name,
+    load_manifest,
+    load_quarantine,
+    open_index,
+    save_manifest,
+    shard_name,
+)
+from data_tools.verify import main as verify
+from tests.data_tools.tiny import jpeg_bytes, sa1b_files, tar_bytes, tree_bytes, write_folder
+
+
+@pytest.fixture(scope="module")
+def packed_once(tmp_path_factory):
+    """Two sources, a folder and a compressed tar, of 5 and 3 positions: shards 0, 1, 2 and 100, 101."""
+    folder = tmp_path_factory.mktemp("packed")
+    write_folder(folder / "a", sa1b_files(range(5)))
+    write_folder(folder, {"b.tar": tar_bytes(sa1b_files(range(10, 13)), "w:gz")})
+    assert pack(["sa1b", str(folder / "a"), str(folder / "b.tar"), "--out", str(folder / "o"), "--shard-size=2"]) == 0
+    return folder
+
+
+@pytest.fixture
+def packed(packed_once, tmp_path):
+    shutil.copytree(packed_once, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "o", [str(tmp_path / "a"), str(tmp_path / "b.tar")]
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_sound(packed, capsys):
+    out, _ = packed
+    assert verify([str(out)]) == 0
+    assert verify([str(out), "--deep", "--workers", "2"]) == 0
+    assert "8 samples in 5 shards are sound" in capsys.readouterr().out
+
+
+def change_column(out: Path) -> None:
+    path = out / "index/width.npy"
+    np.save(path, np.load(path) + 1)
+
+
+FAST = {
+    "missing tar": lambda out: (out / "shard-000001.tar").unlink(),
+    "cut tar": lambda out: (out / "shard-000100.tar").write_bytes((out / "shard-000100.tar").read_bytes()[:-700]),
+    "missing index": lambda out: (out / "shard-000001.index.npy").unlink(),
+    "cut index": lambda out: (out / "shard-000101.index.npy").write_bytes(b"\x93NUMPY"),
+    "index of another shard": lambda out: shutil.copy(out / "shard-000002.index.npy", out / "shard-000001.index.npy"),
+    "missing column": lambda out: (out / "index/width.npy").unlink(),
+    "empty column": lambda out: (out / "index/width.npy").write_bytes(b""),
+    "changed column": change_column,
+}
+
+
+@pytest.mark.parametrize("damage", FAST)
+def test_fast_finds_and_repair_restores(packed, capsys, damage):
+    out, sources = packed
+    before = tree_bytes(out)
+    FAST[damage](out)
+    assert verify([str(out)]) == 1
+    assert f"python -m data_tools.verify {out} --repair SRC..." in capsys.readouterr().err
+    assert verify([str(out), "--repair", *sources]) == 0
+    assert tree_bytes(out) == before
+
+
+def test_deep_finds_what_fast_does_not(packed, capsys):
+    out, sources = packed
+    before = tree_bytes(out)
+    row = np.load(out / index_name("shard-000001.tar"))[1]
+    flip_byte(out / "shard-000001.tar", int(row["jpg_offset"] + row["jpg_size"] // 2))
+    flip_byte(out / "shard-000100.tar", 10)  # a tar header: no sample is hit
+    assert verify([str(out)]) == 0
+    assert verify([str(out), "--deep"]) == 1
+    err = capsys.readouterr().err
+    assert "damaged: shard-000001.tar[1] sa_3: its bytes have changed" in err
+    assert "damaged: shard-000100.tar: its SHA-256 is not the manifest's, though no sample is hit" in err
+    assert verify([str(out), "--deep", "--repair", *sources]) == 0
+    assert tree_bytes(out) == before
+
+
+def test_repair_refuses_a_changed_source(packed, capsys):
+    out, sources = packed
+    (out / "shard-000000.tar").unlink()
+    write_folder(Path(sources[0]), {"sa_0.jpg": jpeg_bytes(77)})
+    assert verify([str(out), "--repair", *sources]) == 1
+    assert "the source has changed" in capsys.readouterr().err
+    assert not (out / "shard-000000.tar").exists()
+    assert not list(out.glob(".shard*"))
+    assert verify([str(out), "--repair", sources[1]]) == 1
+    assert "its source a is not among those given" in capsys.readouterr().err
+
+
+def test_quarantine_covers_samples_and_shards(packed, capsys):
+    out, _ = packed
+    row = np.load(out / index_name("shard-000001.tar"))[1]
+    flip_byte(out / "shard-000001.tar", int(row["json_offset"] + 20))
+    (out / "shard-000100.tar").unlink()
+    columns = {name: column.tolist() for name, column in open_index(out).items()}
+    assert verify([str(out), "--deep", "--quarantine"]) == 0
+    assert [(entry.position, entry.key) for entry in load_quarantine(out)] == [
+        (3, "sa_3"), (5, "shard-000100.tar"), (6, "shard-000100.tar")
+    ]  # fmt: skip
+    assert load_quarantine(out)[0].reason == "its bytes have changed (CRC-32)"
+    assert {name: column.tolist() for name, column in open_index(out).items()} == columns
+    capsys.readouterr()
+    assert verify([str(out), "--deep"]) == 0, "damage that is quarantined is known"
+    (out / "shard-000002.tar").unlink()
+    assert verify([str(out)]) == 1
+
+
+def test_gaps_are_sound(tmp_path):
+    source = write_folder(tmp_path / "raw", {**sa1b_files(range(4)), "sa_2.jpg": b"broken"})
+    assert pack(["sa1b", str(source), "--out", str(tmp_path / "out"), "--allow-bad", "1"]) == 0
+    assert verify([str(tmp_path / "out"), "--deep"]) == 0
+
+
+def test_stray_shard_is_a_problem(packed, capsys):
+    out, _ = packed
+    shutil.copy(out / "shard-000000.tar", out / "shard-000003.tar")
+    assert verify([str(out)]) == 1
+    assert "is not in the manifest" in capsys.readouterr().err
+
+
+def test_nothing_to_check(tmp_path, capsys):
+    assert verify([str(tmp_path)]) == 2
+    assert "python -m data_tools.pack" in capsys.readouterr().err
+    (tmp_path / "manifest.json").write_text("{")
+    assert verify([str(tmp_path)]) == 2
+    assert "does not parse" in capsys.readouterr().err
+
+
+def test_images_are_verified_and_repaired(tmp_path):
+    source = write_folder(tmp_path / "raw", {f"c/{i}.jpg": jpeg_bytes(i) for i in range(5)})
+    out = tmp_path / "out"
+    assert pack(["images", str(source), "--out", str(out), "--shard-size", "2"]) == 0
+    before = tree_bytes(out)
+    (out / "shard-000001.tar").unlink()
+    assert verify([str(out), "--deep", "--repair", str(source)]) == 0
+    assert tree_bytes(out) == before
+
+
+def test_members_can_be_read_by_tarfile(packed):
+    out, _ = packed
+    for shard in load_manifest(out).shards:
+        with tarfile.open(out / shard.name) as tar:
+            names = tar.getnames()
+        keys = [name.removesuffix(".jpg") for name in names[::2]]
+        assert names == [f"{key}.{part}" for key in keys for part in ("jpg", "json")]
+
+
+@pytest.mark.slow
+def test_opening_eleven_million_positions(tmp_path):
+    """A manifest of 11,000 shards with 1,000 positions each opens in a second and 200 MB of memory."""
+    shards = tuple(ShardInfo(shard_name(i), 1000, 1000, 100_000, 10**9, "0" * 64) for i in range(11_000))
+    save_manifest(tmp_path, Manifest("sa1b", shards))
+    (tmp_path / INDEX_DIR).mkdir()
+    for column in INDEX_DTYPE.names:
+        np.save(tmp_path / INDEX_DIR / f"{column}.npy", np.zeros(11_000_000, INDEX_DTYPE[column]))
+    code = (
+        "import re, sys, time\n"
+        "from pathlib import Path\n"
+        "from data_tools.sample_format import load_manifest, open_index\n"
+        "start = time.perf_counter()\n"
+        "manifest, columns = load_manifest(Path(sys.argv[1])), open_index(Path(sys.argv[1]))\n"
+        "assert len(columns['width']) == manifest.num_positions == 11_000_000\n"
+        "total = sum(int(columns['jpg_size'][i]) for i in range(0, 11_000_000, 110_000))\n"
+        "seconds = time.perf_counter() - start\n"
+        # VmHWM, for getrusage's peak is inherited from the process that started this one.
+        "print(seconds, int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024)\n"
+    )
+    repo = Path(__file__).resolve().parents[2]
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=repo, check=True)
+    seconds, megabytes = map(float, done.stdout.split())
+    print(json.dumps({"seconds": seconds, "MB": megabytes, "with Python's start": time.monotonic() - start}))
+    assert seconds < 1
+    assert megabytes < 200
