@@ -20,7 +20,7 @@ from model.pos_embed import resize_rel_pos
 # Kernels want a head width that is a multiple of 8 (16-byte rows in bf16).
 WIDTH_MULTIPLE = 8
 # On a CPU, up to this many tokens the explicit bias is faster (bench/attention.py, recorded in docs/performance.md).
-MAX_PLAIN_TOKENS_ON_CPU = 256
+MAX_PLAIN_TOKENS_ON_CPU = 1024
 
 
 def relative_terms(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -77,6 +77,21 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v)
     plain = q.device.type == "cpu" and q.shape[2] <= MAX_PLAIN_TOKENS_ON_CPU
     return (plain_attention if plain else fused_attention)(q, k, v, *rel_pos, grid)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Attention (B, n, Nq, D), (B, n, Nk, D) twice -> (B, n, Nq, D) without positions.
+
+    `key_mask` (B, 1, 1, Nk) bool: keys marked False are not attended to; each query must have one that is.
+    The rule: the library's kernel, except in bf16 on a CPU, where its backward is several times slower than two
+    products (bench/attention.py).
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask, -torch.inf)
+    return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
 class Attention(nn.Module):

@@ -7,6 +7,7 @@ Legend: G = prompt groups (images x masks), T = tokens, N = image tokens, C = em
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import masked_attention
 from model.layers import MLPBlock
 
 
@@ -30,7 +31,7 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """`key_mask` (G, 1, 1, Tk) bool: keys marked False are not attended to."""
         q, k, v = (self._heads(x) for x in (self.q_proj(q), self.k_proj(k), self.v_proj(v)))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)  # (G, heads, Tq, D)
+        out = masked_attention(q, k, v, key_mask)  # (G, heads, Tq, D)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         return F.dropout(out, self.dropout, self.training)
 
