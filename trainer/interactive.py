@@ -2,12 +2,14 @@
 
 Protocol (SAM section 7.1 and D.1): the first click is the pixel farthest from the mask's boundary, each next one the
 pixel farthest from the boundary of the error region, positive where the truth was missed, negative where too much
-was taken. The answer to a single prompt is the hypothesis of highest *predicted* IoU, to more the single-mask token.
+was taken. The answer to a single prompt is the hypothesis of highest *predicted* IoU of three, to more the single-mask
+token's. A recipe that trains the three for every prompt (the document's) is also asked so.
 
 Letters: B images, M masks, H W input pixels, h w logits, Y X pixels of the original image.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ class EvalBatch:
     keys: list[str]  # (B)
     clicks: tuple[int, ...]  # numbers of clicks after which to score, ascending
     mask_feedback: bool  # give the previous answer as mask prompt from the second click on, as trained
+    tokens: Literal["by_prompts", "three", "single"]  # which mask tokens answer: those that were trained to
     keep_masks: bool = False  # return the predicted bitmaps too, for pictures
 
     def to(self, device: torch.device) -> "EvalBatch":
@@ -106,7 +109,7 @@ class _Session:
         num_masks = len(self.runs)
         empty = torch.full((1, num_masks, 1), NO_POINT, device=device)
         output = self.decode(torch.zeros(1, num_masks, 1, 2, device=device), empty, scaled)
-        return self.bitmaps(chosen(output, single=False))
+        return self.bitmaps(chosen(output, single=self.batch.tokens == "single"))
 
     def answers_to_clicks(self) -> tuple[dict[str, np.ndarray], list[list[tuple[float, float, int]]]]:
         """Bitmaps (M, Y, X) after each number of clicks that is scored, and the clicks of each mask."""
@@ -127,7 +130,8 @@ class _Session:
                 labels[0, m, number] = label
             fed_back = previous if self.batch.mask_feedback else None
             output = self.decode(coords, labels, None, fed_back)
-            previous = chosen(output, single=number > 0)
+            single = self.batch.tokens == "single" or (self.batch.tokens == "by_prompts" and number > 0)
+            previous = chosen(output, single)
             current = self.bitmaps(previous)
             if number + 1 in self.batch.clicks:
                 answers[f"click_{number + 1}"] = current

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -65,8 +66,16 @@ def evaluation_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig, k
         keys,
         clicks=config.evaluate.clicks,
         mask_feedback=config.prompts.rounds > 1,
+        tokens=answering_tokens(config),
         keep_masks=keep_masks,
     )
+
+
+def answering_tokens(config: SamConfig) -> Literal["by_prompts", "three", "single"]:
+    """Which mask tokens the recipe trains for an answer."""
+    if config.loss.multimask == "single":
+        return "single"
+    return "three" if config.loss.multimask_when == "always" else "by_prompts"
 
 
 def original_image(reader: ShardReader, row: int) -> np.ndarray:

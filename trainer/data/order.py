@@ -45,8 +45,7 @@ class DataOrder:
         self.num_samples = int(sum(len(rows) for rows in rows_per_shard))
         if self.num_samples == 0:
             raise ValueError("the data set has no sample to train on")
-        self._epoch_line = lru_cache(maxsize=2)(self._epoch_line)
-        self._window_order = lru_cache(maxsize=2 * num_lanes)(self._window_order)
+        self._lines: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the epochs last asked for
 
     def row(self, position: int) -> int:
         """The sample trained on at `position` of the run."""
@@ -56,7 +55,7 @@ class DataOrder:
         window = step // self.window
         start = window * self.window
         length = min(self.window, lane_length - start)
-        step = start + int(self._window_order(epoch, lane, window, length)[step - start])
+        step = start + int(window_order(self.seed, epoch, lane, window, length)[step - start])
         shards, ends = self._epoch_line(epoch)
         place = lane_start + step
         number = int(np.searchsorted(ends, place, side="right"))
@@ -70,12 +69,18 @@ class DataOrder:
 
     def _epoch_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards of an epoch in order, and where each ends on the line."""
-        shards = keyed_rng(self.seed, SHARD_ORDER, epoch).permutation(len(self.rows_per_shard))
-        lengths = np.array([len(self.rows_per_shard[shard]) for shard in shards])
-        return shards, np.cumsum(lengths)
+        if epoch not in self._lines:
+            shards = keyed_rng(self.seed, SHARD_ORDER, epoch).permutation(len(self.rows_per_shard))
+            ends = np.cumsum([len(self.rows_per_shard[shard]) for shard in shards])
+            # A batch may straddle two epochs; older ones are not asked for again.
+            self._lines = {old: line for old, line in self._lines.items() if old == epoch - 1} | {epoch: (shards, ends)}
+        return self._lines[epoch]
 
-    def _window_order(self, epoch: int, lane: int, window: int, length: int) -> np.ndarray:
-        return keyed_rng(self.seed, WINDOW_ORDER, epoch, lane, window).permutation(length)
+
+@lru_cache(maxsize=128)  # the windows that a worker's lanes are in: 4 MB at the default size
+def window_order(seed: int, epoch: int, lane: int, window: int, length: int) -> np.ndarray:
+    """The order within one window of one lane, a permutation of 0..length-1."""
+    return keyed_rng(seed, WINDOW_ORDER, epoch, lane, window).permutation(length)
 
 
 def slots_of_rank(global_batch: int, num_lanes: int, rank: int, num_ranks: int, micro: int) -> list[list[int]]:

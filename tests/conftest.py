@@ -1,0 +1,27 @@
+"""Small packed data sets that many tests train on, made once a session."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_tools import pack, synthesize
+
+torch.set_num_threads(1)
+
+
+def pack_scenes(root: Path, name: str, num_images: int, seed: int, size: int = 64) -> Path:
+    """Synthetic scenes, packed in shards of 10."""
+    raw, shards = root / f"raw_{name}", root / name
+    assert synthesize.main(
+        ["--out", str(raw), "--num-images", str(num_images), "--seed", str(seed), "--size", str(size)]
+    ) in (0, None)
+    assert pack.main(["sa1b", str(raw), "--out", str(shards), "--shard-size", "10", "--workers", "1"]) in (0, None)
+    return shards
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`train` (24 images) and `eval` (4 images), 64 pixels, packed."""
+    root = tmp_path_factory.mktemp("scenes")
+    return {"train": pack_scenes(root, "train", 24, 0), "eval": pack_scenes(root, "eval", 4, 9)}
