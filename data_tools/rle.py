@@ -67,6 +67,8 @@ def parse(segmentation: dict[str, Any]) -> Runs:
         raise ValueError(f"RLE counts should be a string or a list, is {type(counts).__name__}")
     if runs.size and runs.min() < 0:
         raise ValueError("RLE has a negative run")
+    if runs.size and runs.max() > height * width:  # before summing: the sum of such runs may wrap at 64 bits
+        raise ValueError(f"RLE has a run of {int(runs.max())}, its size {height}x{width} has {height * width} pixels")
     if runs.sum() != height * width:
         raise ValueError(f"RLE runs sum to {int(runs.sum())}, its size {height}x{width} has {height * width} pixels")
     return Runs(height, width, _canonical(runs))
@@ -362,21 +364,32 @@ def _add_edge(delta, y, sign):  # pragma: no cover - compiled
     delta[cell + 1] += sign * part
 
 
-@numba.njit("void(float64[::1], int64, float64, float64, float64, float64[:, ::1])", cache=True, nogil=True)
-def _spread(delta, column, scale_x, offset_x, flip_width, shares):  # pragma: no cover - compiled
-    """Add a source column's row shares to the target columns it lies over, and clear them."""
+@numba.njit(
+    "void(float64[::1], int64, int64, int64, float64, float64, float64, float64[:, ::1], int64[::1])",
+    cache=True,
+    nogil=True,
+)
+def _spread(delta, first, last, column, scale_x, offset_x, flip_width, shares, box):  # pragma: no cover - compiled
+    """Add a source column's row shares to the target columns it lies over, and clear them.
+
+    `delta` is 0 outside first..last. `box` (r0 r1 c0 c1) grows to hold what was touched of `shares`.
+    """
     rows, columns = shares.shape
     left, right = column * scale_x + offset_x, (column + 1) * scale_x + offset_x
     if flip_width >= 0:
         left, right = flip_width - right, flip_width - left
     left, right = max(left, 0.0), min(right, float(columns))
-    share = 0.0
-    for r in range(rows):
-        share += delta[r]
-        if share > 1e-12 and right > left:
-            for c in range(int(left), min(int(np.ceil(right)), columns)):
-                shares[r, c] += share * (min(right, c + 1.0) - max(left, float(c)))
-    delta[:] = 0.0
+    if right > left:
+        c0, c1, r1 = int(left), min(int(np.ceil(right)), columns), min(last + 1, rows)
+        share = 0.0
+        for r in range(first, r1):
+            share += delta[r]
+            if share > 1e-12:
+                for c in range(c0, c1):
+                    shares[r, c] += share * (min(right, c + 1.0) - max(left, float(c)))
+        box[0], box[1] = min(box[0], first), max(box[1], r1)
+        box[2], box[3] = min(box[2], c0), max(box[3], c1)
+    delta[first : last + 1] = 0.0
 
 
 @numba.njit(
@@ -392,34 +405,36 @@ def _coverage(counts, ends, heights, scale_x, scale_y, offset_x, offset_y, flip_
     rows, columns = out.shape[1], out.shape[2]
     delta = np.zeros(rows + 2)
     shares = np.zeros((rows, columns))
+    box = np.empty(4, np.int64)  # r0 r1 c0 c1 of what the mask touches: the rest of `out` is never looked at
     first_run = 0
     for n in range(len(ends)):
         height = heights[n]
         position = np.int64(0)
         column = np.int64(-1)  # of the source, whose runs are in `delta`
-        touched = False
-        shares[:] = 0.0
+        first, last = np.int64(rows + 1), np.int64(-1)  # of the entries of `delta` in use
+        box[0], box[1], box[2], box[3] = rows, 0, columns, 0
         for i in range(first_run, ends[n]):
             start, position = position, position + counts[i]
             if (i - first_run) % 2 == 0 or position == start:
                 continue
             for x in range(start // height, (position - 1) // height + 1):
                 if x != column:
-                    if touched:
-                        _spread(delta, column, scale_x, offset_x, flip_width, shares)
-                    column, touched = x, False
+                    if last >= 0:
+                        _spread(delta, first, last, column, scale_x, offset_x, flip_width, shares, box)
+                    column, first, last = x, np.int64(rows + 1), np.int64(-1)
                 top = max(start - x * height, 0) * scale_y + offset_y
                 bottom = min(position - x * height, height) * scale_y + offset_y
                 top, bottom = max(top, 0.0), min(bottom, float(rows))
                 if bottom > top:
                     _add_edge(delta, top, 1.0)
                     _add_edge(delta, bottom, -1.0)
-                    touched = True
-        if touched:
-            _spread(delta, column, scale_x, offset_x, flip_width, shares)
-        for r in range(rows):
-            for c in range(columns):
+                    first, last = min(first, np.int64(top)), max(last, np.int64(bottom) + 1)
+        if last >= 0:
+            _spread(delta, first, last, column, scale_x, offset_x, flip_width, shares, box)
+        for r in range(box[0], box[1]):
+            for c in range(box[2], box[3]):
                 out[n, r, c] = shares[r, c]
+                shares[r, c] = 0.0
         first_run = ends[n]
 
 
