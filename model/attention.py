@@ -19,7 +19,7 @@ from model.pos_embed import resize_rel_pos
 
 # Kernels want a head width that is a multiple of 8 (16-byte rows in bf16).
 WIDTH_MULTIPLE = 8
-# On a CPU, up to this many tokens the explicit bias is faster (bench/attention.py, recorded in docs/performance.md).
+# On a CPU, up to this many tokens the explicit bias is as fast in fp32 and 1.6 to 2 times as fast in bf16 (bench/attention.py).
 MAX_PLAIN_TOKENS_ON_CPU = 1024
 
 
@@ -83,7 +83,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = 
     """Attention (B, n, Nq, D), (B, n, Nk, D) twice -> (B, n, Nq, D) without positions.
 
     `key_mask` (B, 1, 1, Nk) bool: keys marked False are not attended to; each query must have one that is.
-    The rule: the library's kernel, except in bf16 on a CPU, where its backward is several times slower than two
+    The rule: the library's kernel, except in bf16 on a CPU, where it took 2 to 8 times as long as two plain
     products (bench/attention.py).
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
