@@ -19,7 +19,8 @@ from model.pos_embed import resize_rel_pos
 
 # Kernels want a head width that is a multiple of 8 (16-byte rows in bf16).
 WIDTH_MULTIPLE = 8
-# On a CPU, up to this many tokens the explicit bias is as fast in fp32 and 1.6 to 2 times as fast in bf16 (bench/attention.py).
+# Up to this many tokens a CPU is as fast with the explicit bias in fp32, and about twice as fast in bf16.
+# Measured by bench/attention.py.
 MAX_PLAIN_TOKENS_ON_CPU = 1024
 
 
