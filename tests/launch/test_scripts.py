@@ -1,0 +1,170 @@
+"""The paperwork: shell scripts parse, the README's commands and files exist, jobs are queued again when they should."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted([*(ROOT / "launch").rglob("*.slurm"), *(ROOT / "launch").rglob("*.sh")])
+README = (ROOT / "README.md").read_text()
+
+
+def test_there_are_scripts():
+    assert {"mae_vith", "sam_vith", "pack_sa1b"} <= {path.stem for path in SCRIPTS}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_bash_reads_the_script(path):
+    checked = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stderr == ""
+
+
+# --------------------------------------------------------------------------------------- scripts with a false Slurm
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Run a batch script in a false checkout with a false srun and scontrol; returns (exit code, log, calls)."""
+    project, programs, calls = tmp_path / "project", tmp_path / "bin", tmp_path / "calls"
+    (project / ".venv/bin").mkdir(parents=True)
+    programs.mkdir()
+    calls.touch()
+
+    def program(path: Path, text: str) -> None:
+        path.write_text(f'#!/bin/bash\necho "{path.name} $*" >> {calls}\n{text}\n')
+        path.chmod(0o755)
+
+    def run(script: str, arguments: list[str], code: int = 0, state: str = "RUNNING", **variables: str):
+        program(programs / "srun", f"exit {code}")
+        shown = (
+            f'case "$*" in *hostnames*) echo n0; echo n1;; *"show job"*) echo JobId=7 JobState={state} Reason=x;; esac'
+        )
+        program(programs / "scontrol", shown)
+        program(project / ".venv/bin/python", "true")
+        environment = {
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "SLURM_SUBMIT_DIR": str(project),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NAME": "job",
+            "SLURM_JOB_NODELIST": "n[0-1]",
+            "SLURM_CPUS_PER_TASK": "4",
+            **variables,
+        }
+        done = subprocess.run(
+            ["bash", str(ROOT / "launch" / script), *arguments], env=environment, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
+
+    run.project = project
+    return run
+
+
+@pytest.mark.parametrize("stage", ["mae", "sam"])
+def test_job_starts_the_trainer_with_config_engine_and_overrides(slurm, stage):
+    code, _, calls = slurm(f"{stage}_vith.slurm", ["optim.lr=4e-4", "log.every_steps=7"], ENGINE="deepspeed")
+    assert code == 0
+    (srun,) = [shlex.split(call) for call in calls if call.startswith("srun")]
+    start = srun.index("-m")
+    assert srun[start:] == [
+        "-m",
+        "trainer.train",
+        f"launch/configs/{stage}_vith.yaml",
+        "optim.lr=4e-4",
+        "log.every_steps=7",
+        "engine.kind=deepspeed",
+    ]
+    assert not any("requeue" in call for call in calls)
+    assert (slurm.project / "runs/slurm/job-7").is_dir()  # srun's --output would fail without
+
+
+@pytest.mark.parametrize(
+    "code, state, queued", [(75, "RUNNING", True), (75, "CANCELLED", False), (1, "RUNNING", False)]
+)
+def test_only_a_job_that_was_stopped_and_saved_is_queued_again(slurm, code, state, queued):
+    exit_code, log, calls = slurm("sam_vith.slurm", [], code, state)
+    assert ("scontrol requeue 7" in calls) == queued
+    assert exit_code == (0 if queued else code), log
+
+
+def test_packing_gives_each_task_its_tar(slurm):
+    source = slurm.project / "raw"
+    source.mkdir()
+    for name in ("sa_2.tar", "sa_1.tar"):
+        (source / name).touch()
+    code, log, calls = slurm("pack_sa1b.slurm", ["--allow-bad", "5"], SOURCE="raw", SLURM_ARRAY_TASK_ID="1")
+    assert code == 0, log
+    assert calls == [
+        "python -m data_tools.pack sa1b raw/sa_2.tar --out data/sa1b --source-index 1 --num-sources 2 --workers 4 "
+        "--allow-bad 5"
+    ]
+    code, log, _ = slurm("pack_sa1b.slurm", [], SOURCE="raw", SLURM_ARRAY_TASK_ID="2")
+    assert code == 2
+    assert "--array=0-1" in log
+
+
+def test_packing_joins(slurm):
+    code, log, calls = slurm("pack_sa1b.slurm", ["join", "--allow-bad", "5"], SLURM_ARRAY_TASK_ID="0", OUT="packed")
+    assert code == 0, log
+    assert calls == ["python -m data_tools.pack join packed --allow-bad 5"]
+
+
+def test_packer_takes_the_options_that_the_script_gives():
+    for layout in (["sa1b", "--help"], ["join", "--help"]):
+        shown = subprocess.run(
+            [sys.executable, "-m", "data_tools.pack", *layout], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        wanted = {"sa1b": ["--source-index", "--num-sources", "--workers", "--out"], "join": ["--allow-bad"]}
+        assert all(option in shown for option in wanted[layout[0]])
+
+
+# --------------------------------------------------------------------------------------------------------- README
+
+
+def test_readme_commands_name_modules_and_files_that_exist():
+    modules = set(re.findall(r"(?:-m|--module) ((?:trainer|data_tools|model)[\w.]*)", README))
+    assert {"trainer.train", "trainer.evaluate", "trainer.export", "data_tools.pack"} <= modules
+    missing = [name for name in modules if not (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()]
+    missing += [
+        name for name in set(re.findall(r"launch/[\w./]+\.(?:yaml|slurm)", README)) if not (ROOT / name).is_file()
+    ]
+    assert not missing
+
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    pictures = {"docs/images/demo_masks.png"}  # comes from a run of the demo
+    assert links
+    assert not [link for link in links if "://" not in link and link not in pictures and not (ROOT / link).exists()]
+
+
+def test_readme_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z][a-z-]+)", README)) - {"demo"} <= targets
+    assert "demo" in targets
+
+
+def test_readme_marks_are_the_registered_ones():
+    registered = re.findall(r'^  "(\w+):', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE) == registered
+
+
+def test_readme_tree_lists_files_that_exist():
+    tree = re.search(r"<!-- tree -->\n```\n(.*?)```", README, re.DOTALL)
+    assert tree
+    folder, listed, missing = "", 0, []
+    for line in tree[1].splitlines():
+        name = line.split()[0] if line.split() else ""
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+        path = ROOT / (folder + name if line.startswith(" ") else name)
+        listed += 1
+        if name and not path.exists():
+            missing.append(str(path.relative_to(ROOT)))
+    assert listed > 50
+    assert not missing
