@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import sys
-import tarfile
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -43,7 +42,7 @@ from data_tools.sample_format import (
     write_whole,
 )
 from data_tools.sources.checks import check_jpeg, check_record
-from data_tools.sources.listing import GZIP_MAGIC, JPEG_SUFFIXES
+from data_tools.sources.listing import GZIP_MAGIC, JPEG_SUFFIXES, tar_members
 from data_tools.sources.plan import load_plans
 from data_tools.sources.samples import image_id_of
 
@@ -236,20 +235,14 @@ def list_groups(path: Path) -> dict[str, Group]:
         if file.read(2) == GZIP_MAGIC:
             raise ValueError(f"{path} is compressed, which leaves no byte offsets: unpack it, or pack it anew")
     groups: dict[str, Group] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if not member.isfile() or not stem:
-                    continue
-                group = groups.setdefault(f"{folder}/{stem}".lstrip("/"), Group())
-                if f".{extension.lower()}" in JPEG_SUFFIXES:
-                    group.jpg = (member.offset_data, member.size)
-                elif extension.lower() == "json":
-                    group.json = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a whole tar ({error}): copy it again") from error
+    for member, offset, size in tar_members(path, 0, path):
+        folder, _, name = member.rpartition("/")
+        stem, _, extension = name.partition(".")
+        group = groups.setdefault(f"{folder}/{stem}".lstrip("/"), Group())
+        if f".{extension.lower()}" in JPEG_SUFFIXES:
+            group.jpg = (offset, size)
+        elif extension.lower() == "json":
+            group.json = (offset, size)
     return groups
 
 

@@ -20,8 +20,10 @@ import json
 import os
 import tarfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -316,3 +318,24 @@ def load_quarantine(directory: Path) -> list[Quarantined]:
         return [Quarantined(**entry) for entry in json.loads(path.read_text())["positions"]]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not parse ({error}): delete it and run verify --quarantine again") from error
+
+
+def read_raw(
+    directory: Path, manifest: Manifest, columns: dict[str, np.ndarray], position: int, part: Literal["jpg", "json"]
+) -> bytes:
+    """JPEG or JSON bytes of a position, empty for a gap; opens the shard anew, so for a few samples only.
+
+    Raises `OSError` for a missing shard.
+    """
+    shard, _ = locate(manifest, position)
+    with (Path(directory) / shard.name).open("rb") as file:
+        file.seek(int(columns[f"{part}_offset"][position]))
+        return file.read(int(columns[f"{part}_size"][position]))
+
+
+def locate(manifest: Manifest, position: int) -> tuple[ShardInfo, int]:
+    """The shard of a position and its row in it."""
+    ends = list(accumulate(shard.num_positions for shard in manifest.shards))
+    number = bisect_right(ends, position)
+    info = manifest.shards[number]
+    return info, position - ends[number] + info.num_positions

@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 
 from data_tools import rle
 from data_tools.sample_format import Record
+from data_tools.sources.checks import is_numbers
 from data_tools.sources.listing import Entry, Location, Source
 
 WARN_EMPTY = "COCO mask without a pixel, dropped"
@@ -65,7 +66,7 @@ def record_from_coco(
             warnings[WARN_CROWD] += 1
             continue
         try:
-            runs = rle.parse(_compressed(annotation.get("segmentation"), height, width))
+            runs = rle.parse(_as_rle(annotation.get("segmentation"), height, width))
         except ValueError as error:
             raise ValueError(f"annotation {annotation.get('id')}: {error}") from error
         if rle.area(runs) == 0:
@@ -92,24 +93,22 @@ def _sa1b_annotation(annotation: dict[str, Any], runs: rle.Runs, height: int, wi
     }
 
 
-def _compressed(segmentation: object, height: int, width: int) -> dict[str, Any]:
-    """Polygons or uncompressed RLE as COCO compressed RLE."""
+def _as_rle(segmentation: object, height: int, width: int) -> dict[str, Any]:
+    """Polygons become RLE; RLE stays what it is."""
     if isinstance(segmentation, dict):
         if segmentation.get("size") != [height, width]:
             raise ValueError(f"RLE size is {segmentation.get('size')}, the image's [{height}, {width}]")
-        counts = segmentation.get("counts")
-        if isinstance(counts, list):
-            if sum(counts) != height * width or min(counts) < 0:
-                raise ValueError(f"RLE runs add up to {sum(counts)}, the image has {height * width} pixels")
-            segmentation = coco_mask.frPyObjects(segmentation, height, width)
-    elif isinstance(segmentation, list) and segmentation:
-        if any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-            raise ValueError("a polygon needs an even number of coordinates, 6 or more")
-        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    else:
-        raise ValueError(f"segmentation should be polygons or RLE, is {segmentation!r}")
-    counts = segmentation["counts"]
-    return {"size": [height, width], "counts": counts.decode() if isinstance(counts, bytes) else counts}
+        return {
+            "size": [height, width],
+            "counts": segmentation.get("counts"),
+        }  # as a string or a list, both of which rle.parse checks
+    if isinstance(segmentation, list) and segmentation:
+        for polygon in segmentation:
+            if not isinstance(polygon, list) or len(polygon) % 2 or not is_numbers(polygon, max(6, len(polygon))):
+                raise ValueError(f"a polygon needs an even number of coordinates, 6 or more; is {polygon!r}")
+        merged = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        return {"size": [height, width], "counts": merged["counts"].decode()}
+    raise ValueError(f"should be polygons or RLE, is {segmentation!r}")
 
 
 def deepest_point(mask: np.ndarray) -> list[float]:

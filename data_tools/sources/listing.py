@@ -115,17 +115,20 @@ def _walk_folder(folder: Path, layout: Layout) -> Iterator[WalkedFile]:
 def _walk_tar(path: Path, layout: Layout, scratch: Path) -> Iterator[WalkedFile]:
     """Files of a tar, and for images of the tars inside it (ImageNet's layout: n01440764.tar is a class)."""
     plain = _unpack_gzip(path, scratch)
-    for name, offset, size in _tar_members(plain, 0, path):
+    for name, offset, size in tar_members(plain, 0, path):
         if layout == "images" and name.endswith(".tar"):
-            for inner, inner_offset, inner_size in _tar_members(plain, offset, path):
+            for inner, inner_offset, inner_size in tar_members(plain, offset, path):
                 full = f"{name.removesuffix('.tar')}/{inner}"
                 yield full, Location(plain, f"{path.name}:{full}", inner_offset, inner_size), inner_size
         else:
             yield name, Location(plain, f"{path.name}:{name}", offset, size), size
 
 
-def _tar_members(path: Path, start: int, source: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, absolute offset and size of each file of the tar that begins at byte `start` of a file."""
+def tar_members(path: Path, start: int, source: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, absolute offset and size of each file of the tar that begins at byte `start` of a file.
+
+    Raises `ValueError`, calling it `source`, for a tar that is damaged or cut short.
+    """
     try:
         with path.open("rb") as file:
             file.seek(start)
@@ -134,6 +137,9 @@ def _tar_members(path: Path, start: int, source: Path) -> Iterator[tuple[str, in
                 for member in tar:
                     if member.isfile() and not Path(member.name).name.startswith("."):
                         yield Path(member.name).as_posix(), member.offset_data, member.size
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes this for an end, too
+                    raise tarfile.ReadError("no end marker")
     except tarfile.TarError as error:
         raise ValueError(f"{source} is not a whole tar ({error}): download it again") from error
 
