@@ -34,7 +34,7 @@ class SamModel(Section):
     drop_path: Probability = 0.0  # last block's rate, linear from 0 (SAM 0.4; doc none)
     decoder_dropout: Probability = 0.0  # SAM 0.1; doc none
     init_from: Path | None = None  # MAE run, checkpoint or file, or SAM weights; none = random
-    patch_resize: Literal["bicubic", "pinv"] = "pinv"  # for a 14-pixel MAE patch kernel
+    patch_resize: Literal["bicubic", "pseudo_inverse"] = "pseudo_inverse"  # for a 14-pixel MAE patch kernel
 
 
 class MaeModel(Section):
