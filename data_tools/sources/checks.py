@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import simplejpeg
 
 from data_tools import rle
@@ -82,16 +81,16 @@ def check_annotation(annotation: dict[str, Any], height: int, width: int) -> int
     if annotation["area"] != area:
         raise ValueError(f'"area" says {annotation["area"]}, the mask has {area} pixels')
     x, y, box_width, box_height = annotation["bbox"]
-    edges = np.array([x, y, x + box_width, y + box_height])
-    if np.abs(edges - mask_edges(runs)).max() > BOX_SLACK:
-        raise ValueError(f'"bbox" says {annotation["bbox"]}, the mask spans {mask_edges(runs).tolist()} (x0 y0 x1 y1)')
+    edges, true_edges = (x, y, x + box_width, y + box_height), mask_edges(runs)
+    if any(abs(edge - true_edge) > BOX_SLACK for edge, true_edge in zip(edges, true_edges, strict=True)):
+        raise ValueError(f'"bbox" says {annotation["bbox"]}, the mask spans {true_edges} (x0 y0 x1 y1)')
     return area
 
 
-def mask_edges(runs: rle.Runs) -> np.ndarray:
-    """x0, y0, x1, y1 of the pixels' outer edges."""
+def mask_edges(runs: rle.Runs) -> tuple[int, int, int, int]:
+    """x0, y0, x1, y1 of the outer edges of the mask's outermost pixels."""
     x, y, width, height = rle.box(runs)
-    return np.array([x, y, x + width, y + height], np.float64)
+    return x, y, x + width, y + height
 
 
 def is_number(value: object) -> bool:
