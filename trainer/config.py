@@ -7,6 +7,7 @@ so a key of the other stage is an error and not a silent no-op.
 Sources: "doc" is the user's document, "SAM" Kirillov et al. 2023 (App. A), "MAE" He et al. 2021 (App. A).
 """
 
+import copy
 import difflib
 import math
 from pathlib import Path
@@ -146,8 +147,10 @@ class Schedule(Section):
     def _consistent(self) -> "Schedule":
         if (self.warmup_steps is None) == (self.warmup_epochs is None):
             raise ValueError("give exactly one of warmup_steps and warmup_epochs")
-        if bool(self.milestones) != (self.kind == "multistep"):
+        if self.milestones and self.kind != "multistep":
             raise ValueError(f"milestones belong to kind=multistep, kind is {self.kind}")
+        if self.kind == "multistep" and not self.milestones:
+            raise ValueError("kind=multistep needs milestones")
         return self
 
 
@@ -294,13 +297,10 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Conf
     root = {"mae": MaeConfig, "sam": SamConfig}.get(stage) if isinstance(stage, str) else None
     if root is None:
         raise ConfigError("\n".join([*problems, f"stage: should be mae or sam, is {stage!r}"]))
-    try:
-        config = root.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join([*problems, *_explain(error, root)])) from None
-    problems += _missing_paths(config)
-    if problems:
-        raise ConfigError("\n".join(problems))
+    problems += _missing_paths(tree)
+    config, found = _validate(tree, root)
+    if problems or found or config is None:
+        raise ConfigError("\n".join([*problems, *found]))
     return config
 
 
@@ -338,10 +338,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
     return None
 
 
-def _explain(error: ValidationError, root: type[Section]) -> list[str]:
+def _explain(error: ValidationError, root: type[Section], removed: set[tuple[int | str, ...]]) -> list[str]:
     """One line a problem: dotted path, what is wrong, the nearest valid name for an unknown key."""
     lines = []
     for item in error.errors():
+        if item["loc"] in removed:
+            continue
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             valid = _field_names(root, item["loc"][:-1])
@@ -369,9 +371,40 @@ def _field_names(root: type[Section], path: tuple[int | str, ...]) -> list[str]:
     return list(section.model_fields)
 
 
-def _missing_paths(config: Config) -> list[str]:
-    """Inputs that do not exist."""
-    wanted: dict[str, Path | None] = {"data.shards": config.data.shards}
-    if isinstance(config, SamConfig):
-        wanted |= {"data.eval_shards": config.data.eval_shards, "model.init_from": config.model.init_from}
-    return [f"{key}: {path} does not exist" for key, path in wanted.items() if path is not None and not path.exists()]
+def _validate(tree: dict[str, Any], root: type[MaeConfig | SamConfig]) -> tuple[Config | None, list[str]]:
+    """The config, or None and all its problems.
+
+    Combinations are looked at only where every key and type is right, so keys found wrong are left out and the rest
+    is looked at again; a required key that was left out this way is not reported as missing.
+    """
+    tree, problems, removed = copy.deepcopy(tree), [], set()
+    while True:
+        try:
+            return root.model_validate(tree), problems
+        except ValidationError as error:
+            problems += [line for line in _explain(error, root, removed) if line not in problems]
+            wrong = {item["loc"] for item in error.errors() if item["type"] not in ("missing", "value_error")}
+        if not any(_remove(tree, path) for path in sorted(wrong, key=str, reverse=True)):
+            return None, problems
+        removed |= wrong
+
+
+def _remove(tree: Any, path: tuple[int | str, ...]) -> bool:
+    """Take an entry out of nested mappings; whether it was there. Entries of lists stay, since others would move."""
+    *parents, last = path
+    for part in parents:
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return isinstance(tree, dict) and tree.pop(last, tree) is not tree
+
+
+def _missing_paths(tree: dict[str, Any]) -> list[str]:
+    """Inputs that do not exist, as far as the sections are there."""
+    problems = []
+    for section, key in (("data", "shards"), ("data", "eval_shards"), ("model", "init_from")):
+        values = tree.get(section)
+        path = values.get(key) if isinstance(values, dict) else None
+        if isinstance(path, str) and not Path(path).exists():
+            problems.append(f"{section}.{key}: {path} does not exist")
+    return problems

@@ -1,23 +1,21 @@
 """What differs between the two stages: a task module and a data pipeline. Everything else is shared."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from model.build import SIZES, build_mae, build_sam
 from model.weights import mae_to_sam
 from trainer.checkpoint import Checkpointer, load_weights
 from trainer.config import Config, SamConfig
-from trainer.data.batches import Batch
 from trainer.data.mae_data import MaeDataset
-from trainer.data.order import DataOrder, StepSampler
+from trainer.data.order import DataOrder
 from trainer.data.sam_data import SamDataset
 from trainer.data.shards import ShardReader
-from trainer.distributed import World, single_process
+from trainer.distributed import single_process
 from trainer.mae_task import MaeTask
 from trainer.sam_task import SamTask
 
@@ -46,30 +44,6 @@ def build_pipeline(config: Config) -> Pipeline:
         num_patches = (config.model.image_size // config.model.patch_size) ** 2
         dataset = MaeDataset(reader, order, config.data, config.seed, config.model.image_size, num_patches)
     return Pipeline(order, dataset, reader.fingerprint())
-
-
-def build_batches(pipeline: Pipeline, config: Config, world: World, first_step: int, last_step: int) -> Iterator[Batch]:
-    """This rank's micro-batches of the steps `first_step` to `last_step`, in order, decoded in worker processes."""
-    sampler = StepSampler(
-        config.batch.global_size,
-        config.data.lanes,
-        world.rank,
-        world.size,
-        config.batch.micro,
-        first_step,
-        last_step,
-    )
-    workers = config.data.workers
-    loader = DataLoader(
-        pipeline.dataset,
-        sampler=sampler,  # of micro-batches: automatic batching is off
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=config.data.prefetch if workers else None,
-        pin_memory=world.device.type == "cuda",
-        multiprocessing_context="forkserver" if workers else None,  # fork with CUDA or gloo threads alive may hang
-    )
-    return iter(loader)
 
 
 def build_task(config: Config, frozen: tuple[str, ...], initial_weights: bool) -> nn.Module:

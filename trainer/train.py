@@ -18,6 +18,7 @@ from pathlib import Path
 from trainer.checkpoint import Checkpointer, RunState, read_run_state
 from trainer.config import Config, ConfigError, SamConfig, dump_config, load_config
 from trainer.data.eval_data import evaluation_rows
+from trainer.data.loader import build_batches
 from trainer.distributed import World, start_world, stop_world
 from trainer.evaluate import evaluate_and_log
 from trainer.guard import EXIT_STOPPED, Guard
@@ -26,7 +27,7 @@ from trainer.metrics import Logger
 from trainer.optim import base_lr, first_trained, lr_at, param_groups, phase_ends, steps_of
 from trainer.parallel.engine import build_engine
 from trainer.reconstruct import log_reconstruction
-from trainer.stages import Pipeline, build_batches, build_pipeline, build_task, encoder_depth
+from trainer.stages import Pipeline, build_pipeline, build_task, encoder_depth
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,7 +94,7 @@ def run_phase(
         check_same_run(checkpointer.load(newest, engine), fingerprint(config, pipeline), newest)
         logger.say(f"going on from {newest}")
     plan = make_plan(config, phase, ends, pipeline, world, first_step)
-    batches = build_batches(pipeline, config, world, first_step, ends[phase])
+    batches = build_batches(pipeline.dataset, config, world, first_step, ends[phase])
     sample_log = None
     if config.log.sample_keys:
         sample_log = (config.run_dir / f"samples_rank{world.rank}.jsonl").open("a")

@@ -111,14 +111,18 @@ def test_two_ranks_learn_what_one_learns(scenes, sam_run, tmp_path, engine):
 
 
 @pytest.mark.dist
-def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(scenes, tmp_path):
-    arguments = sam_arguments(scenes, tmp_path, "phases=[{name: joint, steps: 100000}]")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_and_leaves(scenes, tmp_path, number):
+    """As Slurm and Ctrl-C send it: the loader's processes get it too."""
+    arguments = sam_arguments(scenes, tmp_path, "phases=[{name: joint, steps: 100000}]", "data.workers=1")
     command = [sys.executable, "-m", "trainer.train", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    ) as process:
         try:
             for line in process.stdout:
                 if line.startswith("step 3/"):
-                    process.send_signal(signal.SIGTERM)
+                    os.killpg(process.pid, number)
                     break
             rest = process.stdout.read()
             assert process.wait(timeout=60) == 75, rest

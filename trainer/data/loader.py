@@ -1,0 +1,61 @@
+"""Micro-batches of one rank, decoded in worker processes that no stop signal kills."""
+
+import signal
+from collections.abc import Iterator
+from multiprocessing import forkserver
+
+from torch.utils.data import DataLoader, Dataset
+
+from trainer.config import Config
+from trainer.data.batches import Batch
+from trainer.data.order import StepSampler
+from trainer.distributed import World
+from trainer.guard import STOP_SIGNALS
+
+
+def build_batches(dataset: Dataset, config: Config, world: World, first_step: int, last_step: int) -> Iterator[Batch]:
+    """This rank's micro-batches of the steps `first_step` to `last_step`, in order.
+
+    Workers come from a fork server: forking a process with CUDA or gloo threads alive may hang.
+    """
+    sampler = StepSampler(
+        config.batch.global_size,
+        config.data.lanes,
+        world.rank,
+        world.size,
+        config.batch.micro,
+        first_step,
+        last_step,
+    )
+    workers = config.data.workers
+    if workers:
+        _start_fork_server()
+    loader = DataLoader(
+        dataset,
+        sampler=sampler,  # of micro-batches: automatic batching is off
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=config.data.prefetch if workers else None,
+        pin_memory=world.device.type == "cuda",
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=_ignore_stop_signals,
+    )
+    return iter(loader)
+
+
+def _start_fork_server() -> None:
+    """Start the server while stop signals are ignored, which it inherits.
+
+    Ctrl-C and Slurm signal the whole process group. A dead server or worker would end the run with an error where it
+    should save and leave.
+    """
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    forkserver.ensure_running()
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """The fork server restores default handlers in its children, so each worker says it once more."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
