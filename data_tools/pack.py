@@ -17,6 +17,7 @@ everything is written), 2 nothing could be done.
 """
 
 import argparse
+import contextlib
 import hashlib
 import shutil
 import sys
@@ -66,12 +67,15 @@ def pack(options: argparse.Namespace) -> int:
     conversion = conversion_of(options)
     numbered, num_sources = number_sources(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    progress = Progress(numbered)
-    tasks = unfinished_tasks(options, numbered, num_sources, conversion, progress)
+    progress, copies = Progress(numbered), UnpackedCopies()
+    tasks = unfinished_tasks(options, numbered, num_sources, conversion, progress, copies)
     for task, report in run_in_pool(pack_shard, tasks, options.workers):
         progress.finished(task, report)
+        copies.release(task.name)
     progress.close()
-    shutil.rmtree(scratch_dir(options), ignore_errors=True)
+    shutil.rmtree(scratch_dir(options), ignore_errors=True)  # what a killed run left
+    with contextlib.suppress(OSError):  # other tasks of the array have theirs in it still, or there is none
+        (options.out / SCRATCH_DIR).rmdir()
 
     if len(numbered) == num_sources:
         num_bad = join_packed(options.out)
@@ -120,6 +124,7 @@ def unfinished_tasks(
     num_sources: int,
     conversion: Conversion,
     progress: "Progress",
+    copies: "UnpackedCopies",
 ) -> Iterator[ShardTask]:
     """List source after source, while shards of earlier ones are being packed, and yield what is left to do."""
     for index, path in numbered:
@@ -127,12 +132,38 @@ def unfinished_tasks(
         plan = make_plan(source, index, num_sources, options.shard_size, options.shard_stride, conversion)
         save_plan(options.out, plan)
         progress.listed(source, plan)
+        unfinished = []
         for task in shard_tasks(plan, source, options.out):
             report = load_shard_report(options.out, task.name)
             if report is None:
-                yield task
+                unfinished.append(task)
             else:
                 progress.found(task, report)
+        copies.hold(source, [task.name for task in unfinished])
+        yield from unfinished
+
+
+class UnpackedCopies:
+    """Deletes the decompressed copy of a source as its last shard is done, so that few are on the disk at a time."""
+
+    def __init__(self) -> None:
+        self.copy_of: dict[str, Path] = {}  # by shard
+        self.num_users: Counter[Path] = Counter()
+
+    def hold(self, source: Source, shards: list[str]) -> None:
+        if source.unpacked is None:
+            return
+        if not shards:
+            source.unpacked.unlink()
+        self.copy_of |= dict.fromkeys(shards, source.unpacked)
+        self.num_users[source.unpacked] = len(shards)
+
+    def release(self, shard: str) -> None:
+        copy = self.copy_of.pop(shard, None)
+        if copy is not None:
+            self.num_users[copy] -= 1
+            if self.num_users[copy] == 0:
+                copy.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------ shards

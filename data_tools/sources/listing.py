@@ -61,6 +61,7 @@ class Source:
     path: Path
     entries: tuple[Entry, ...]
     num_bytes: int  # of its files, for the progress bar
+    unpacked: Path | None = None  # the decompressed copy its entries point into; whoever listed it deletes it
 
     @property
     def digest(self) -> str:
@@ -73,14 +74,15 @@ def list_source(path: Path, layout: Layout, scratch: Path) -> Source:
 
     Raises `ValueError` for a source that is neither, cannot be read as a tar or holds no sample.
     """
-    walk = _walk_folder(path, layout) if path.is_dir() else _walk_tar(path, layout, scratch)
+    plain = path if path.is_dir() else _unpack_gzip(path, scratch)
+    walk = _walk_folder(path, layout) if path.is_dir() else _walk_tar(plain, layout, path)
     files = sorted(walk, key=lambda file: file[0])
     entries = _pair_sa1b(files) if layout == "sa1b" else _name_images(files)
     if not entries:
         wanted = "sa_N.jpg with sa_N.json" if layout == "sa1b" else "an image"
         hint = f"; give its subfolders one by one: {path}/*" if path.is_dir() and _has_folders(path) else ""
         raise ValueError(f"{path} holds no {wanted}{hint}")
-    return Source(path, tuple(entries), sum(size for _, _, size in files))
+    return Source(path, tuple(entries), sum(size for _, _, size in files), plain if plain != path else None)
 
 
 def sorted_sources(paths: list[Path]) -> list[Path]:
@@ -112,9 +114,11 @@ def _walk_folder(folder: Path, layout: Layout) -> Iterator[WalkedFile]:
                 yield inside, Location(path, inside), path.stat().st_size
 
 
-def _walk_tar(path: Path, layout: Layout, scratch: Path) -> Iterator[WalkedFile]:
-    """Files of a tar, and for images of the tars inside it (ImageNet's layout: n01440764.tar is a class)."""
-    plain = _unpack_gzip(path, scratch)
+def _walk_tar(plain: Path, layout: Layout, path: Path) -> Iterator[WalkedFile]:
+    """Files of a tar, and for images of the tars inside it (ImageNet's layout: n01440764.tar is a class).
+
+    `plain` is read; `path`, of which it may be a decompressed copy, is what reports call it.
+    """
     for name, offset, size in tar_members(plain, 0, path):
         if layout == "images" and name.endswith(".tar"):
             for inner, inner_offset, inner_size in tar_members(plain, offset, path):

@@ -12,6 +12,7 @@ import pytest
 import webdataset
 from pycocotools import mask as coco_mask
 
+import data_tools.pack
 from data_tools.pack import main as pack
 from data_tools.sample_format import load_manifest, load_quarantine, open_index, parse_record
 from tests.data_tools.tiny import (
@@ -86,6 +87,24 @@ def test_folder_tar_and_gzip_give_the_same_shards(tmp_path):
         source = tmp_path / form / "sa_000000.tar"
         assert run_pack("sa1b", source, "--out", tmp_path / f"out-{form}", "--shard-size", 2) == 0
     assert tree_bytes(tmp_path / "out-folder") == tree_bytes(tmp_path / "out-tar") == tree_bytes(tmp_path / "out-gzip")
+
+
+def test_few_unpacked_copies_are_on_the_disk_at_a_time(tmp_path, monkeypatch):
+    sources = {f"{i}.tar": tar_bytes(sa1b_files(range(10 * i, 10 * i + 3)), "w:gz") for i in range(4)}
+    write_folder(tmp_path / "raw", sources)
+    seen = []
+
+    def count_and_pack(task):
+        seen.append(len(list((tmp_path / "out/.scratch").rglob("*.unpacked"))))
+        return real_pack_shard(task)
+
+    real_pack_shard = data_tools.pack.pack_shard
+    monkeypatch.setattr(data_tools.pack, "pack_shard", count_and_pack)
+    command = ("sa1b", *(tmp_path / "raw" / name for name in sources), "--out", tmp_path / "out", "--shard-size", 2)
+    assert run_pack(*command) == 0
+    assert seen == [1] * 8
+    assert run_pack(*command) == 0
+    assert not (tmp_path / "out/.scratch").exists()
 
 
 def test_workers_do_not_change_a_byte(tmp_path):
