@@ -35,6 +35,7 @@ class EvalBatch:
     clicks: tuple[int, ...]  # numbers of clicks after which to score, ascending
     mask_feedback: bool  # give the previous answer as mask prompt from the second click on, as trained
     tokens: Literal["by_prompts", "three", "single"]  # which mask tokens answer: those that were trained to
+    masks_at_once: int  # how many masks of an image are decoded together; limits memory, changes nothing
     keep_masks: bool = False  # return the predicted bitmaps too, for pictures
 
     def to(self, device: torch.device) -> "EvalBatch":
@@ -62,15 +63,16 @@ def interact(sam: Sam, batch: EvalBatch) -> EvalScores:
     embeddings = sam.encode_images(images)
     scores: EvalScores = []
     for i, truths in enumerate(batch.truths):
-        if truths:
-            height, width = batch.image_sizes[i].tolist()
-            user = _Session(sam, embeddings[i : i + 1], batch, truths, batch.keys[i], (height, width))
+        height, width = batch.image_sizes[i].tolist()
+        for first in range(0, len(truths), batch.masks_at_once):
+            some = truths[first : first + batch.masks_at_once]
+            user = _Session(sam, embeddings[i : i + 1], batch, some, first, batch.keys[i], (height, width))
             scores += user.run()
     return scores
 
 
 class _Session:
-    """One image, its masks and the clicks so far. B = 1 throughout."""
+    """One image and some of its masks, from number `first` on. B = 1 throughout."""
 
     def __init__(
         self,
@@ -78,11 +80,12 @@ class _Session:
         embedding: Tensor,
         batch: EvalBatch,
         truths: list[rle.Runs],
+        first: int,
         key: str,
         content: tuple[int, int],
     ) -> None:
         self.sam, self.embedding, self.batch, self.key, self.content = sam, embedding, batch, key, content
-        self.runs = truths
+        self.runs, self.first = truths, first
         self.truths = np.stack([rle.to_bitmap(mask) for mask in truths]).astype(bool)  # (M, Y, X)
         self.size = self.truths.shape[1:]
         self.input_size = batch.images.shape[-1]
@@ -97,7 +100,7 @@ class _Session:
             iou = {name: bitmap_iou(masks[m], truth) for name, masks in answers.items()}
             iou["filled_box"] = filled_box_iou(self.runs[m])
             kept = {name: masks[m] for name, masks in answers.items()} if self.batch.keep_masks else {}
-            scores.append(MaskScore(self.key, m, iou, clicks[m], kept))
+            scores.append(MaskScore(self.key, self.first + m, iou, clicks[m], kept))
         return scores
 
     def answer_to_boxes(self) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 
 from data_tools import rle
 from trainer.config import SamConfig
-from trainer.data.images import decode_jpeg
+from trainer.data.images import SampleError, decode_jpeg
 from trainer.data.sam_data import decode_placed, place
 from trainer.data.shards import ShardReader
 from trainer.interactive import EvalBatch
@@ -49,15 +49,18 @@ def evaluation_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig, k
     truths: list[list[rle.Runs]] = [[] for _ in images]
     keys = [""] * len(images)
     for i, row in enumerate(rows):
-        raw = reader.read(int(row))
-        assert raw is not None, "gaps are in no split"
-        record = raw.record
-        placement = place(record.height, record.width, size, 1.0, (0.0, 0.0), False)
-        content = decode_placed(raw.jpeg, record.height, record.width, placement)
+        try:
+            raw = reader.read(int(row))
+            record = raw.record
+            placement = place(record.height, record.width, size, 1.0, (0.0, 0.0), False)
+            content = decode_placed(raw.jpeg, record.height, record.width, placement)
+        except SampleError as error:
+            print(f"{reader.name_of(int(row))} is not evaluated: {error}", flush=True)
+            continue
         images[i, :, : placement.height, : placement.width] = content.transpose(2, 0, 1)
         sizes[i] = placement.height, placement.width
         masks = [rle.parse(annotation["segmentation"]) for annotation in record.annotations]
-        truths[i] = [mask for mask in masks if rle.area(mask) > 0][: config.data.max_masks]
+        truths[i] = [mask for mask in masks if rle.area(mask) > 0]
         keys[i] = record.key
     return EvalBatch(
         torch.from_numpy(images),
@@ -67,6 +70,7 @@ def evaluation_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig, k
         clicks=config.evaluate.clicks,
         mask_feedback=config.prompts.rounds > 1,
         tokens=answering_tokens(config),
+        masks_at_once=config.data.max_masks,
         keep_masks=keep_masks,
     )
 
@@ -81,5 +85,4 @@ def answering_tokens(config: SamConfig) -> Literal["by_prompts", "three", "singl
 def original_image(reader: ShardReader, row: int) -> np.ndarray:
     """The image as stored, (Y, X, 3) uint8, for pictures."""
     raw = reader.read(int(row))
-    assert raw is not None
     return decode_jpeg(raw.jpeg, raw.record.height, raw.record.width)

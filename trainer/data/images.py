@@ -13,12 +13,12 @@ EXIF_MARKER = b"Exif\x00\x00"
 UNDECODABLE = (ValueError, OSError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
-class ImageError(ValueError):
-    """An image that cannot be decoded."""
+class SampleError(ValueError):
+    """A sample that cannot be used: it trains nothing, is named, and the run goes on."""
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Upright (height, width) in pixels, from the header alone. Raises `ImageError`."""
+    """Upright (height, width) in pixels, from the header alone. Raises `SampleError`."""
     try:
         if _is_plain(data):
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
@@ -27,14 +27,14 @@ def image_size(data: bytes) -> tuple[int, int]:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return (image.width, image.height) if turned else (image.height, image.width)
     except UNDECODABLE as error:
-        raise ImageError(f"image does not decode: {error}") from error
+        raise SampleError(f"image does not decode: {error}") from error
 
 
 def decode_jpeg(data: bytes, min_height: int, min_width: int) -> np.ndarray:
     """RGB uint8 (h, w, 3), possibly at one of libjpeg-turbo's M/8 scales but at least `min_height` x `min_width`.
 
     EXIF rotation, greyscale and CMYK are brought to upright RGB; files other than JPEG go through Pillow.
-    Raises `ImageError`.
+    Raises `SampleError`.
     """
     try:
         if _is_plain(data) and simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray", "RGB"):
@@ -42,7 +42,7 @@ def decode_jpeg(data: bytes, min_height: int, min_width: int) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except UNDECODABLE as error:
-        raise ImageError(f"image does not decode: {error}") from error
+        raise SampleError(f"image does not decode: {error}") from error
 
 
 def _is_plain(data: bytes) -> bool:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from trainer.config import MaeData
 from trainer.data.batches import MaeBatch
-from trainer.data.images import ImageError, decode_jpeg, image_size, needed_size, resize_window
+from trainer.data.images import SampleError, decode_jpeg, image_size, needed_size, resize_window
 from trainer.data.order import SAMPLE_DRAWS, DataOrder, keyed_rng
 from trainer.data.shards import ShardReader
 
@@ -48,11 +48,9 @@ class MaeDataset(Dataset):
             keys[i] = self.reader.name_of(row)
             try:
                 raw = self.reader.read(row)
-                if raw is None:
-                    raise ImageError("left out when the data set was packed")
                 keys[i] = raw.record.key
                 images[i] = self._crop(raw.jpeg, crop_draws, flip < self.settings.horizontal_flip)
-            except ImageError as error:
+            except SampleError as error:
                 problems.append(f"{keys[i]}: {error}")
                 continue
             weights[i] = 1.0

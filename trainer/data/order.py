@@ -133,12 +133,12 @@ class StepSampler:
         return (self.last_step - self.first_step) * len(self.micro_batches)
 
 
-def is_held_out(image_ids: np.ndarray, share: float) -> np.ndarray:
-    """Boolean mask of the images that training never sees: a hash of the id alone, the same for every run."""
+def holdout_hash(image_ids: np.ndarray) -> np.ndarray:
+    """A number in [0, 1) for each image id alone, the same for every run; images of small ones are held out."""
     # splitmix64's finaliser (Steele et al. 2014): every bit of the id moves every bit of the hash.
     with np.errstate(over="ignore"):
         x = image_ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
-    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share
+    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -17,7 +17,7 @@ from data_tools import rle
 from data_tools.sample_format import Record
 from trainer.config import SamConfig
 from trainer.data.batches import SamBatch
-from trainer.data.images import ImageError, decode_jpeg, needed_size, resize_window
+from trainer.data.images import SampleError, decode_jpeg, needed_size, resize_window
 from trainer.data.order import MASK_ORDER, SAMPLE_DRAWS, DataOrder, keyed_rng
 from trainer.data.shards import ShardReader
 from trainer.prompts import FirstPrompt, PromptType, first_prompt, later_rounds_with_click, num_draws
@@ -106,12 +106,10 @@ class SamDataset(Dataset):
             keys[i] = self.reader.name_of(row)
             try:
                 raw = self.reader.read(row)
-                if raw is None:
-                    raise ImageError("left out when the data set was packed")
                 keys[i] = raw.record.key
                 mask_order = keyed_rng(self.config.seed, MASK_ORDER, position).permutation(len(raw.record.annotations))
                 self._fill(arrays, i, raw.record, raw.jpeg, mask_order, draws)
-            except ImageError as error:
+            except SampleError as error:
                 problems.append(f"{keys[i]}: {error}")
         return SamBatch(
             positions=torch.tensor(positions, dtype=torch.int64),
@@ -184,7 +182,7 @@ def write_prompt(arrays: dict[str, np.ndarray], i: int, m: int, prompt: FirstPro
 def decode_placed(jpeg: bytes, height: int, width: int, placement: Placement) -> np.ndarray:
     """The content of the input, (placement.height, placement.width, 3) uint8, decoded no larger than it needs.
 
-    height, width: the size the record states. Raises `ImageError` if the image has another aspect.
+    height, width: the size the record states. Raises `SampleError` if the image has another aspect.
     """
     x0, y0, x1, y1 = placement.window
     image = decode_jpeg(
@@ -192,7 +190,7 @@ def decode_placed(jpeg: bytes, height: int, width: int, placement: Placement) ->
     )
     scale_x, scale_y = image.shape[1] / width, image.shape[0] / height
     if abs(scale_x - scale_y) * max(height, width) > 2:  # M/8 scales round each side up by less than a pixel
-        raise ImageError(f"image of {image.shape[1]}x{image.shape[0]} does not fit the recorded {width}x{height}")
+        raise SampleError(f"image of {image.shape[1]}x{image.shape[0]} does not fit the recorded {width}x{height}")
     window = (x0 * scale_x, y0 * scale_y, x1 * scale_x, y1 * scale_y)
     content = resize_window(image, window, placement.height, placement.width)
     return content[:, ::-1] if placement.flip else content
@@ -204,7 +202,7 @@ def choose_masks(
     """Up to `max_masks` masks at random that show in the target, and the targets (chosen, s, s) uint8.
 
     A target pixel is object where the mask covers at least half of it. A mask that covers no pixel so, being cropped
-    away or too thin for the loss resolution, is passed over for the next. Raises `ImageError` for broken runs.
+    away or too thin for the loss resolution, is passed over for the next. Raises `SampleError` for broken runs.
     """
     size, max_masks = config.loss.resolution, config.data.max_masks
     transform = placement.transform(size, config.model.image_size)
@@ -219,9 +217,9 @@ def choose_masks(
             try:
                 mask = rle.parse(record.annotations[number]["segmentation"])
             except ValueError as error:
-                raise ImageError(f"mask {number}: {error}") from error
+                raise SampleError(f"mask {number}: {error}") from error
             if (mask.height, mask.width) != (record.height, record.width):
-                raise ImageError(
+                raise SampleError(
                     f"mask {number} is {mask.width}x{mask.height}, the image {record.width}x{record.height}"
                 )
             if 0 < rle.area(mask) <= max_area:

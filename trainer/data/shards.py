@@ -8,8 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.sample_format import MANIFEST_NAME, Record, load_manifest, open_index, parse_record
-from trainer.data.order import is_held_out
+from data_tools.sample_format import (
+    MANIFEST_NAME,
+    Record,
+    load_manifest,
+    load_quarantine,
+    open_index,
+    parse_record,
+)
+from trainer.data.images import SampleError
+from trainer.data.order import holdout_hash
 
 MAX_OPEN_SHARDS = 256  # file descriptors a worker keeps; far below the usual limit of 1024
 
@@ -40,19 +48,30 @@ class ShardReader:
                 f"{self.directory}: index of {num_rows} rows, manifest of {self.manifest.num_positions} positions; "
                 f"`python -m data_tools.index {self.directory}` writes the index anew"
             )
+        self.quarantined = {entry.position: entry.reason for entry in load_quarantine(self.directory)}
         self._files: OrderedDict[int, int] = OrderedDict()
 
-    def read(self, row: int) -> RawSample | None:
-        """The sample at a global row; None for a gap. Raises `ShardError` for a shard that is not whole."""
+    def read(self, row: int) -> RawSample:
+        """The sample at a global row.
+
+        Raises `SampleError` for one to pass over: a gap, a quarantined position, JSON that does not parse; and
+        `ShardError`, which must stop the run, for a shard that is not whole.
+        """
         jpg_size, json_size = int(self.columns["jpg_size"][row]), int(self.columns["json_size"][row])
         if jpg_size == 0:
-            return None
+            raise SampleError("left out when the data set was packed")
+        if row in self.quarantined:
+            raise SampleError(f"quarantined: {self.quarantined[row]}")
         shard = self.shard_of(row)
         jpeg = self._read_range(shard, int(self.columns["jpg_offset"][row]), jpg_size)
         if json_size == 0:
             record = Record(int(self.columns["image_id"][row]), 0, 0, f"{self.name_of(row)}.jpg", [])
         else:
-            record = parse_record(self._read_range(shard, int(self.columns["json_offset"][row]), json_size))
+            data = self._read_range(shard, int(self.columns["json_offset"][row]), json_size)
+            try:
+                record = parse_record(data)
+            except ValueError as error:
+                raise SampleError(str(error)) from error
         return RawSample(jpeg, record)
 
     def shard_of(self, row: int) -> int:
@@ -95,20 +114,20 @@ class ShardReader:
     def _repair_hint(self) -> str:
         return f"`python -m data_tools.verify {self.directory} --repair SOURCE...` rebuilds it from the source"
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_files": OrderedDict()}  # descriptors do not travel to spawned workers
+    def __reduce__(self) -> tuple:
+        return ShardReader, (self.directory,)  # a worker maps the index itself: neither columns nor files travel
 
     def split(self, holdout_images: int) -> tuple[list[np.ndarray], np.ndarray]:
         """Rows to train on, for each shard, and rows held out: about `holdout_images` of them, by hash of the id.
 
-        Gaps are in neither. Small data sets may hold out a few more or less than asked, at least one if any.
+        Gaps are in neither. Small data sets may hold out a few more or less than asked, at least one.
         """
-        num_rows = len(self.columns["image_id"])
-        held_out = np.zeros(num_rows, bool)
-        if holdout_images:
-            image_ids = np.asarray(self.columns["image_id"])
-            held_out = is_held_out(image_ids, holdout_images / max(self.manifest.num_samples, 1))
         valid = np.asarray(self.columns["jpg_size"]) > 0
+        held_out = np.zeros(len(valid), bool)
+        if holdout_images and valid.any():
+            numbers = np.where(valid, holdout_hash(np.asarray(self.columns["image_id"])), np.inf)
+            held_out = numbers < holdout_images / self.manifest.num_samples
+            held_out[numbers.argmin()] = True  # at least one
         starts = [0, *self.ends[:-1]]
         train = [
             start + np.flatnonzero(valid[start:end] & ~held_out[start:end])

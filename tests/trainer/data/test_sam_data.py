@@ -1,5 +1,6 @@
 """Stage 2's samples: image, targets and prompts lie where the geometry says, broken ones train nothing."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,10 @@ import pytest
 import torch
 
 from data_tools import rle
-from data_tools.sample_format import load_manifest
+from data_tools.sample_format import Quarantined, load_manifest, save_quarantine
 from tests.trainer.tiny import sam_arguments
 from trainer.config import SamConfig, load_config
-from trainer.data.images import ImageError
+from trainer.data.images import SampleError
 from trainer.data.mae_data import random_crop
 from trainer.data.sam_data import SamDataset, place
 from trainer.data.shards import ShardReader
@@ -104,10 +105,23 @@ def test_a_broken_sample_has_no_weight_and_is_named(scenes, tmp_path, monkeypatc
     assert batch.local_counts()[0] == 2.0
 
 
+def test_quarantined_positions_train_nothing_and_move_nobody(scenes, tmp_path):
+    copy = tmp_path / "shards"
+    shutil.copytree(scenes["train"], copy)
+    plain = dataset({**scenes, "train": copy}, tmp_path)
+    row = plain.order.row(1)
+    save_quarantine(copy, [Quarantined(row, "sa_x", "checksum")])
+    batch, before = dataset({**scenes, "train": copy}, tmp_path)[[0, 1, 2]], plain[[0, 1, 2]]
+    assert batch.image_weight.tolist() == [1.0, 0.0, 1.0]
+    assert "quarantined: checksum" in batch.problems[0]
+    assert batch.keys[0] == before.keys[0]
+    assert batch.keys[2] == before.keys[2]
+
+
 def test_a_record_that_does_not_fit_its_image_is_an_error():
     from trainer.data.sam_data import decode_placed
 
-    with pytest.raises(ImageError):
+    with pytest.raises(SampleError):
         decode_placed(b"no image", 10, 10, place(10, 10, 64, 1.0, (0, 0), False))
 
 
