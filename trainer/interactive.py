@@ -174,13 +174,16 @@ def upsample_to_original(
     return (logits > 0).cpu().numpy()
 
 
-def chosen(output: SamOutput, single: bool) -> Tensor:
-    """(B, M, h, w) logits: the single-mask token's, or of the three others that of highest predicted IoU."""
-    if single:
-        return output.low_res_logits[:, :, 0].float()
+def best_predicted(output: SamOutput) -> Tensor:
+    """Of the three hypotheses the one of highest predicted IoU, (B, M, h, w) logits, fp32."""
     best = output.iou_predictions[..., 1:].argmax(dim=-1)[..., None, None, None]
     logits = output.low_res_logits[:, :, 1:]
     return logits.gather(2, best.expand(-1, -1, 1, *logits.shape[-2:]))[:, :, 0].float()
+
+
+def chosen(output: SamOutput, single: bool) -> Tensor:
+    """The answer that is shown, (B, M, h, w) logits, fp32: the single-mask token's or the best of the three."""
+    return output.low_res_logits[:, :, 0].float() if single else best_predicted(output)
 
 
 def center_click(predicted: np.ndarray, truth: np.ndarray) -> tuple[float, float, int]:

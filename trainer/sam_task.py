@@ -16,7 +16,7 @@ from model.sam import Sam, SamOutput
 from trainer.config import SamConfig
 from trainer.data.batches import SamBatch
 from trainer.data.images import jitter_colors
-from trainer.interactive import EvalBatch, EvalScores, interact
+from trainer.interactive import EvalBatch, EvalScores, best_predicted, interact
 from trainer.losses import dice_loss, focal_loss, iou_loss, mask_iou, mean_per_image, mean_per_mask
 from trainer.prompts import NO_POINT, next_click
 
@@ -183,13 +183,6 @@ def num_prompts(prompts: PromptBatch) -> Tensor:
 def pick(values: Tensor, index: Tensor) -> Tensor:
     """(B, M, K) at (B, M, 1) to (B, M)."""
     return values.gather(-1, index)[..., 0]
-
-
-def best_predicted(output: SamOutput) -> Tensor:
-    """Of the three ambiguous hypotheses the one of highest predicted IoU, (B, M, h, w) logits, fp32."""
-    best = output.iou_predictions[..., MULTI].argmax(dim=-1)[..., None, None, None]
-    logits = output.low_res_logits[:, :, MULTI]
-    return logits.gather(2, best.expand(-1, -1, 1, *logits.shape[-2:]))[:, :, 0].float()
 
 
 def resize_logits(logits: Tensor, size: int) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from model.sam import SamOutput
 from tests.trainer.tiny import sam_arguments
 from trainer.config import load_config
-from trainer.sam_task import best_predicted, num_prompts
+from trainer.interactive import best_predicted
+from trainer.sam_task import num_prompts
 from trainer.stages import build_pipeline, build_task
 
 
