@@ -260,9 +260,12 @@ class SamConfig(Run):
             problems.append("loss.focal and loss.dice are both 0: the masks would learn nothing")
         if self.data.holdout_images == 0 and self.data.eval_shards is None:
             problems.append("data.eval_shards or data.holdout_images must give evaluation something to read")
-        for phase in self.phases:
+        for before, phase in zip((None, *self.phases), self.phases, strict=False):
             if len(set(phase.frozen)) == 3:
                 problems.append(f"phase {phase.name} freezes everything")
+            if before and (again := set(phase.frozen) - set(before.frozen)):
+                # Its moments would have to be kept or dropped, and its step counts would differ within a ZeRO group.
+                problems.append(f"phase {phase.name} freezes {', '.join(sorted(again))}, which {before.name} trained")
         return _or_raise(self, problems)
 
 

@@ -96,6 +96,7 @@ def test_wrong_type_or_range(good, override, place):
         (["model.image_size=100"], "model.image_size=100 is no multiple"),
         (["loss.focal=0", "loss.dice=0"], "the masks would learn nothing"),
         (["phases.0.frozen=[image_encoder, prompt_encoder, mask_decoder]"], "freezes everything"),
+        (["phases.1.frozen=[mask_decoder]"], "phase joint freezes mask_decoder, which freeze_encoder trained"),
         (["phases.0.epochs=1"], "phases.0: give exactly one of steps and epochs"),
     ],
 )
