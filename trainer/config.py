@@ -23,6 +23,9 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 
 
+REMOTE_SCHEMES = ("http", "https", "s3", "gs")  # through fsspec; the last two need s3fs or gcsfs
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values never change after loading."""
 
@@ -49,9 +52,18 @@ class MaeModel(Section):
     decoder_heads: Count = 16
 
 
+class Remote(Section):
+    """Reading shards from a URL. Directories are read in place and need none of this."""
+
+    cache_dir: Path | None = None  # on a disk of the node; none = shard_cache_UID under $TMPDIR
+    cache_gb: Positive = 500.0  # 10^9 bytes of shards a node keeps; docs/decisions/0008 says how much a run needs
+    timeout_seconds: Positive = 60.0  # without a byte, then a try is given up
+    retries: CountOrZero = 5  # of a file, after waits of 1, 2, 4, ... seconds; then the run stops
+
+
 class SamData(Section):
-    shards: Path  # a packed data set
-    eval_shards: Path | None = None  # a packed data set of its own; none = the hold-out of `shards`
+    shards: str  # a packed data set: a directory, or a URL of http, https, s3 or gs
+    eval_shards: str | None = None  # a packed data set of its own; none = the hold-out of `shards`
     holdout_images: CountOrZero = 0  # left out of training by hash of the image id, about this many
     max_masks: Count = 64  # per image and step (SAM App. A)
     max_mask_area: Probability | None = None  # leave out masks over this share of the image (SAM 0.9; doc none)
@@ -62,10 +74,12 @@ class SamData(Section):
     window: Count = 4096  # samples of a lane that are shuffled together
     workers: CountOrZero = 4  # loader processes per rank
     prefetch: Count = 4  # micro-batches ready per worker
+    max_bad_samples: CountOrZero = 1000  # over all ranks, since start or change of phase; without quarantined
+    remote: Remote = Remote()
 
 
 class MaeData(Section):
-    shards: Path
+    shards: str
     crop_scale: tuple[Positive, Positive] = (0.2, 1.0)  # area share of the random crop (MAE code; doc 0.08)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # doc silent (torchvision's default: bilinear)
     horizontal_flip: Probability = 0.5
@@ -74,6 +88,8 @@ class MaeData(Section):
     window: Count = 4096
     workers: CountOrZero = 8
     prefetch: Count = 4
+    max_bad_samples: CountOrZero = 1000
+    remote: Remote = Remote()
 
 
 class TypeProbabilities(Section):
@@ -402,12 +418,22 @@ def _remove(tree: Any, path: tuple[int | str, ...]) -> bool:
     return isinstance(tree, dict) and tree.pop(last, tree) is not tree
 
 
+def is_remote(source: str) -> bool:
+    """Whether a data set is named by a URL that can be read."""
+    scheme, separator, _ = source.partition("://")
+    return bool(separator) and scheme in REMOTE_SCHEMES
+
+
 def _missing_paths(tree: dict[str, Any]) -> list[str]:
     """Inputs that do not exist, as far as the sections are there."""
     problems = []
     for section, key in (("data", "shards"), ("data", "eval_shards"), ("model", "init_from")):
         values = tree.get(section)
         path = values.get(key) if isinstance(values, dict) else None
-        if isinstance(path, str) and not Path(path).exists():
+        if not isinstance(path, str) or (section == "data" and is_remote(path)):
+            continue
+        if section == "data" and ("://" in path or path.startswith("pipe:")):
+            problems.append(f"{section}.{key}: {path} is no directory and no URL of {', '.join(REMOTE_SCHEMES)}")
+        elif not Path(path).exists():
             problems.append(f"{section}.{key}: {path} does not exist")
     return problems

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO
@@ -29,6 +30,7 @@ class Plan:
     log_every: int
     save_every: int
     evaluate_every: int
+    bad_samples: "BadSamples"
     lr_at: Callable[[int], float]
     state_at: Callable[[int], RunState]
 
@@ -53,7 +55,8 @@ def train(
         started = time.perf_counter()
         micro_batches = [next(batches) for _ in range(plan.num_micro)]
         meter.data_seconds += time.perf_counter() - started
-        num_images, num_masks, stop = agree(micro_batches, guard, world)
+        num_images, num_masks, num_bad, stop = agree(micro_batches, guard, world)
+        plan.bad_samples.count(num_bad, micro_batches)
 
         for number, batch in enumerate(micro_batches):
             note_samples(batch, step, meter, sample_log)
@@ -82,12 +85,42 @@ def train(
     return False
 
 
-def agree(micro_batches: list[Batch], guard: Guard, world: World) -> tuple[float, float, bool]:
-    """Images and masks of the global batch, and whether any rank was asked to stop: one sum between hosts a step."""
+def agree(micro_batches: list[Batch], guard: Guard, world: World) -> tuple[float, float, int, bool]:
+    """Images, masks and new bad samples of the global batch, and whether any rank was asked to stop.
+
+    One sum between hosts a step.
+    """
     counts = [batch.local_counts() for batch in micro_batches]
     images, masks = (float(sum(column)) for column in zip(*counts, strict=True))
-    num_images, num_masks, stop = sum_on_host([images, masks, float(guard.stop_requested)], world)
-    return num_images, num_masks, stop > 0
+    bad = float(sum(len(new_problems(batch)) for batch in micro_batches))
+    num_images, num_masks, num_bad, stop = sum_on_host([images, masks, bad, float(guard.stop_requested)], world)
+    return num_images, num_masks, int(num_bad), stop > 0
+
+
+class BadSamples:
+    """Stops the run when too many samples train nothing: then the data is wrong, not a sample."""
+
+    def __init__(self, budget: int, shards: str) -> None:
+        self.budget, self.shards = budget, shards
+        self.num_bad = 0  # over all ranks, since this process started
+        self.last: deque[str] = deque(maxlen=3)  # of this rank
+
+    def count(self, num_bad: int, micro_batches: list[Batch]) -> None:
+        """Add a step's. Past the budget raises `ValueError`, on all ranks at the same step."""
+        self.num_bad += num_bad
+        for batch in micro_batches:
+            self.last.extend(new_problems(batch))
+        if self.num_bad > self.budget:
+            raise ValueError(
+                f"{self.num_bad} samples could not be trained on, data.max_bad_samples is {self.budget}. "
+                f"The last on this rank: {'; '.join(self.last) or 'none'}. "
+                f"`python -m data_tools.verify {self.shards} --deep --quarantine` sets such samples aside"
+            )
+
+
+def new_problems(batch: Batch) -> list[str]:
+    """Problems that nobody has set aside yet: what is quarantined is known, and would use the budget up again."""
+    return [problem for problem in batch.problems if ": quarantined: " not in problem]
 
 
 def seed_step(seed: int, step: int, world: World) -> None:

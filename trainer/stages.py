@@ -13,8 +13,9 @@ from trainer.checkpoint import Checkpointer, load_weights
 from trainer.config import Config, SamConfig
 from trainer.data.mae_data import MaeDataset
 from trainer.data.order import DataOrder
+from trainer.data.remote import AheadOrder
 from trainer.data.sam_data import SamDataset
-from trainer.data.shards import ShardReader
+from trainer.data.shards import open_shards
 from trainer.distributed import single_process
 from trainer.mae_task import MaeTask
 from trainer.sam_task import SamTask
@@ -31,12 +32,13 @@ class Pipeline:
 
 def build_pipeline(config: Config) -> Pipeline:
     """Open the packed data set and fix its order. Raises `ValueError` if it is not of the kind the stage needs."""
-    reader = ShardReader(config.data.shards)
+    reader = open_shards(config.data.shards, config.data.remote)
     if isinstance(config, SamConfig) and reader.manifest.kind != "sa1b":
         raise ValueError(f"data.shards: {config.data.shards} holds {reader.manifest.kind}, stage sam needs masks")
     holdout = config.data.holdout_images if isinstance(config, SamConfig) else 0
     rows, _ = reader.split(holdout)
-    order = DataOrder(rows, config.seed, config.data.lanes, config.data.window)
+    settings = (rows, config.seed, config.data.lanes, config.data.window)
+    order = AheadOrder(*settings, reader.cache, reader.manifest.shards) if reader.cache else DataOrder(*settings)
     dataset: Dataset
     if isinstance(config, SamConfig):
         dataset = SamDataset(reader, order, config, num_blocks=encoder_depth(config))

@@ -22,7 +22,7 @@ from trainer.data.loader import build_batches
 from trainer.distributed import World, start_world, stop_world
 from trainer.evaluate import evaluate_and_log
 from trainer.guard import EXIT_STOPPED, Guard
-from trainer.loop import Plan, train
+from trainer.loop import BadSamples, Plan, train
 from trainer.metrics import Logger
 from trainer.optim import base_lr, first_trained, lr_at, param_groups, phase_ends, steps_of
 from trainer.parallel.engine import build_engine
@@ -130,6 +130,7 @@ def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, w
         evaluate_every=config.evaluate.every_steps
         if isinstance(config, SamConfig)
         else config.log.pictures_every_steps,
+        bad_samples=BadSamples(config.data.max_bad_samples, config.data.shards),
         lr_at=partial(
             lr_at,
             schedule=schedule,

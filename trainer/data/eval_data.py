@@ -11,17 +11,17 @@ from data_tools import rle
 from trainer.config import SamConfig
 from trainer.data.images import SampleError, decode_jpeg
 from trainer.data.sam_data import decode_placed, place
-from trainer.data.shards import ShardReader
+from trainer.data.shards import ShardReader, open_shards
 from trainer.interactive import EvalBatch
 
 
 def evaluation_rows(config: SamConfig) -> tuple[ShardReader, np.ndarray]:
     """Where evaluation reads: all of `data.eval_shards`, or the hold-out of the training shards."""
     if config.data.eval_shards is not None:
-        reader = ShardReader(config.data.eval_shards)
+        reader = open_shards(config.data.eval_shards, config.data.remote)
         train, _ = reader.split(0)
         return reader, np.concatenate(train)
-    reader = ShardReader(config.data.shards)
+    reader = open_shards(config.data.shards, config.data.remote)
     _, held_out = reader.split(config.data.holdout_images)
     if len(held_out) == 0:
         raise ValueError(f"{config.data.shards}: no image fell into the hold-out; raise data.holdout_images")

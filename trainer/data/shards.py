@@ -16,14 +16,12 @@ from data_tools.sample_format import (
     open_index,
     parse_record,
 )
+from trainer.config import Remote, is_remote
 from trainer.data.images import SampleError
 from trainer.data.order import holdout_hash
+from trainer.data.remote import ShardCache, ShardError, open_cache
 
 MAX_OPEN_SHARDS = 256  # file descriptors a worker keeps; far below the usual limit of 1024
-
-
-class ShardError(ValueError):
-    """A shard vanished, was cut short or changed: training must stop, not train on something else."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,22 @@ class RawSample:
     record: Record
 
 
-class ShardReader:
-    """Random access to a packed data set. Cheap to create; opens shards when first read, also after a fork."""
+def open_shards(source: str | Path, remote: Remote) -> "ShardReader":
+    """A reader of a directory, or of a URL through the node's cache."""
+    if not is_remote(str(source)):
+        return ShardReader(Path(source))
+    cache = open_cache(str(source), remote)
+    return ShardReader(cache.directory, cache)
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory)
+
+class ShardReader:
+    """Random access to a packed data set. Cheap to create; opens shards when first read, also after a fork.
+
+    cache: fetches shards into `directory` when they are first read; without it they are there.
+    """
+
+    def __init__(self, directory: Path, cache: ShardCache | None = None) -> None:
+        self.directory, self.cache = Path(directory), cache
         self.manifest = load_manifest(self.directory)
         self.columns = open_index(self.directory)
         self.ends = np.cumsum([shard.num_positions for shard in self.manifest.shards])
@@ -84,7 +93,10 @@ class ShardReader:
         return f"{info.name.removesuffix('.tar')}[{row - int(self.ends[shard]) + info.num_positions}]"
 
     def _read_range(self, shard: int, offset: int, size: int) -> bytes:
-        data = os.pread(self._file(shard), size, offset)
+        descriptor = self._file(shard)
+        if self.cache:
+            os.utime(descriptor)  # says to all processes of the node that it is in use
+        data = os.pread(descriptor, size, offset)
         if len(data) < size:
             raise ShardError(f"{self._path(shard)} was cut short while in use; {self._repair_hint()}")
         return data
@@ -95,8 +107,10 @@ class ShardReader:
             self._files.move_to_end(shard)
             return self._files[shard]
         info, path = self.manifest.shards[shard], self._path(shard)
+        if self.cache:
+            self._close_evicted()
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = self.cache.open(info) if self.cache else os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise ShardError(f"{path} is missing; {self._repair_hint()}") from None
         size = os.fstat(descriptor).st_size
@@ -108,14 +122,23 @@ class ShardReader:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
 
+    def _close_evicted(self) -> None:
+        """Let go of shards that the cache has deleted: their space is free only when nobody holds them open."""
+        for shard, descriptor in list(self._files.items()):
+            if os.fstat(descriptor).st_nlink == 0:
+                os.close(self._files.pop(shard))
+
     def _path(self, shard: int) -> Path:
         return self.directory / self.manifest.shards[shard].name
 
     def _repair_hint(self) -> str:
+        if self.cache:
+            return f"delete {self.directory}, the copy of {self.cache.url}, and start again"
         return f"`python -m data_tools.verify {self.directory} --repair SOURCE...` rebuilds it from the source"
 
     def __reduce__(self) -> tuple:
-        return ShardReader, (self.directory,)  # a worker maps the index itself: neither columns nor files travel
+        # A worker maps the index itself: neither columns nor files travel.
+        return ShardReader, (self.directory, self.cache)
 
     def split(self, holdout_images: int) -> tuple[list[np.ndarray], np.ndarray]:
         """Rows to train on, for each shard, and rows held out: about `holdout_images` of them, by hash of the id.
