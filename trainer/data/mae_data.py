@@ -31,7 +31,7 @@ class MaeDataset(Dataset):
 
     def __getitem__(self, positions: Sequence[int]) -> MaeBatch:
         size = self.image_size
-        images = np.zeros((len(positions), size, size, 3), np.uint8)
+        images = np.zeros((len(positions), 3, size, size), np.uint8)
         weights = np.zeros(len(positions), np.float32)
         factors = np.ones((len(positions), 3), np.float32)
         noise = np.zeros((len(positions), self.num_patches), np.float32)
@@ -62,21 +62,21 @@ class MaeDataset(Dataset):
             problems=problems,
             num_images=0.0,
             num_masks=0.0,
-            images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+            images=torch.from_numpy(images),
             color_factors=torch.from_numpy(factors),
             noise=torch.from_numpy(noise),
         )
 
     def _crop(self, jpeg: bytes, draws: np.ndarray, flip: bool) -> np.ndarray:
-        """Random resized crop (S, S, 3), decoded no larger than the crop needs."""
+        """Random resized crop (3, S, S), decoded no larger than the crop needs."""
         height, width = image_size(jpeg)
         x, y, crop_width, crop_height = random_crop(height, width, self.settings.crop_scale, draws)
         size = self.image_size
         image = decode_jpeg(jpeg, needed_size(height, crop_height, size), needed_size(width, crop_width, size))
         scale_x, scale_y = image.shape[1] / width, image.shape[0] / height
         window = (x * scale_x, y * scale_y, (x + crop_width) * scale_x, (y + crop_height) * scale_y)
-        crop = resize_window(image, window, size, size, self.settings.interpolation == "bicubic")
-        return crop[:, ::-1] if flip else crop
+        crop = resize_window(image, window, size, size, self.settings.interpolation == "bicubic", flip)
+        return crop.transpose(2, 0, 1)
 
 
 def random_crop(height: int, width: int, scale: tuple[float, float], draws: np.ndarray) -> tuple[int, int, int, int]:

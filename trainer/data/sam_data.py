@@ -22,6 +22,8 @@ from trainer.data.order import MASK_ORDER, SAMPLE_DRAWS, DataOrder, keyed_rng
 from trainer.data.shards import ShardReader
 from trainer.prompts import FirstPrompt, PromptType, first_prompt, later_rounds_with_click, num_draws
 
+MASKS_AT_ONCE = 4  # whose float coverage exists at a time: 1 MB at 256 pixels stays in the cache, 16 MB do not
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -192,8 +194,7 @@ def decode_placed(jpeg: bytes, height: int, width: int, placement: Placement) ->
     if abs(scale_x - scale_y) * max(height, width) > 2:  # M/8 scales round each side up by less than a pixel
         raise SampleError(f"image of {image.shape[1]}x{image.shape[0]} does not fit the recorded {width}x{height}")
     window = (x0 * scale_x, y0 * scale_y, x1 * scale_x, y1 * scale_y)
-    content = resize_window(image, window, placement.height, placement.width)
-    return content[:, ::-1] if placement.flip else content
+    return resize_window(image, window, placement.height, placement.width, flip=placement.flip)
 
 
 def choose_masks(
@@ -227,8 +228,10 @@ def choose_masks(
         del candidates[:wanted]
         if not batch:
             continue
-        bitmaps = (rle.coverage(batch, size, size, transform) >= 0.5).astype(np.uint8)
-        shown = bitmaps.any(axis=(1, 2))
-        chosen += [mask for mask, keep in zip(batch, shown, strict=True) if keep]
-        targets.append(bitmaps[shown])
-    return chosen, np.concatenate(targets) if targets else np.zeros((0, size, size), np.uint8)
+        for start in range(0, len(batch), MASKS_AT_ONCE):
+            part = batch[start : start + MASKS_AT_ONCE]
+            bitmaps = rle.coverage(part, size, size, transform) >= 0.5
+            shown = bitmaps.any(axis=(1, 2))
+            chosen += [mask for mask, keep in zip(part, shown, strict=True) if keep]
+            targets.append(bitmaps[shown])
+    return chosen, np.concatenate(targets).view(np.uint8) if targets else np.zeros((0, size, size), np.uint8)

@@ -1,0 +1,433 @@
+"""Claim: a sample costs little more than the decoding of its JPEG, and packing with every check is not slow.
+
+    python -m bench.data                         # everything, about four minutes
+    python -m bench.data sam mae --repeats 9     # parts: sam, mae, pack, memory
+    python -m bench.data memory --long           # 10,000 samples instead of 2,000
+    python -m bench.data --out data.json
+
+Both sides run in turn in the same run, on one thread pinned to one core, from files in the page cache; the figures are
+medians over `--repeats`, of the process's own CPU time (packing: wall time, since it starts processes and writes).
+
+sam     one sample = a 1024 x 1024 image, up to 64 masks as a 256 x 256 target, their first prompts. The peer decodes
+        with Pillow, decodes the same number of masks with pycocotools and resizes the bitmaps, as the loaders of sam2
+        and efficientvit do; it draws no prompt. Augmented: scale 0.8 to 1.2, crop or pad, flip.
+mae     one sample = a random crop to 224 x 224 and a flip. The peer is torchvision over Pillow in a stock DataLoader,
+        left in bytes as ours is ("bytes"), or normalised floats as in MAE's code ("floats").
+pack    MB of source a second, against webdataset's ShardWriter, which checks nothing and syncs nothing to the disk.
+memory  resident and own memory of a fresh process that reads samples, beyond what `import torch` takes.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "launch" / "configs"
+AUGMENTED = ["data.scale_jitter=[0.8,1.2]", "data.horizontal_flip=0.5"]
+PLAIN = ["data.scale_jitter=null", "data.horizontal_flip=0"]
+INPUT, TARGET, MAX_MASKS = 1024, 256, 64  # pixels, pixels, masks an image
+CROP, MAE_BATCH = 224, 32  # pixels, images
+PACK_COPIES, PACK_SHARD = 24, 24  # of the genuine files, samples a shard: enough shards for two workers
+VERSIONS = ("numpy", "pillow", "simplejpeg", "numba", "torch", "torchvision", "pycocotools", "webdataset")
+PARTS = ("sam", "mae", "pack", "memory")
+
+Row = dict[str, Any]
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU time of one call, seconds: waiting for a core that others hold does not count."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def medians(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median CPU seconds of each, taken in turn so that a change of clock or load meets all alike; one warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(repeats + 1):
+        for name, work in works.items():
+            seconds = cpu_seconds(work)
+            if number:
+                times[name].append(seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def pack_quietly(*arguments: str) -> None:
+    """`data_tools.pack`; its progress is shown only if it fails. Raises `RuntimeError`."""
+    from data_tools import pack
+
+    messages = io.StringIO()
+    with contextlib.redirect_stderr(messages):
+        status = pack.main(list(arguments))
+    if status not in (0, None):
+        raise RuntimeError(f"packing failed with status {status}:\n{messages.getvalue()}")
+
+
+def open_dataset(stage: str, shards: Path, *overrides: str) -> Any:
+    """The dataset that training with the full-size recipe reads, over `shards`."""
+    from trainer.config import load_config
+    from trainer.stages import build_pipeline
+
+    common = [f"data.shards={shards}", f"run_dir={shards}/run", *overrides]
+    if stage == "sam":
+        # The file asks for the weights of a run that is not here; the loader reads none.
+        common += [
+            "data.holdout_images=0",
+            f"data.eval_shards={shards}",
+            "model.init_from=null",
+            f"data.max_masks={MAX_MASKS}",
+        ]
+    return build_pipeline(load_config(CONFIGS / f"{stage}_vith.yaml", common)).dataset
+
+
+# ------------------------------------------------------------------------------------------------------------- sam
+
+
+def peer_sam_sample(jpeg: Path, rng: np.random.Generator, augmented: bool) -> tuple[np.ndarray, torch.Tensor]:
+    """Image (1024, 1024, 3) and targets (64, 256, 256), both uint8, by way of full bitmaps."""
+    from PIL import Image
+    from pycocotools import mask as coco_mask
+    from torchvision.transforms import functional
+
+    with Image.open(jpeg) as file:
+        image = file.convert("RGB")
+    annotations = json.loads(jpeg.with_suffix(".json").read_bytes())["annotations"]
+    chosen = rng.permutation(len(annotations))[:MAX_MASKS]
+    scale, shift, flip = (rng.uniform(0.8, 1.2), rng.random(2), rng.random() < 0.5) if augmented else (1, (0, 0), False)
+    factor = scale * INPUT / max(image.size)
+    width, height = round(image.width * factor), round(image.height * factor)
+    share = TARGET / INPUT
+    masks = []
+    for number in chosen:  # one by one as in sam2: a stack of full bitmaps is slower still
+        bitmap = torch.from_numpy(coco_mask.decode(annotations[number]["segmentation"]))
+        size = [max(1, round(height * share)), max(1, round(width * share))]
+        masks.append(functional.resize(bitmap[None], size)[0])
+    resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    pixels = np.zeros((INPUT, INPUT, 3), np.uint8)
+    targets = torch.zeros((len(masks), TARGET, TARGET), dtype=torch.uint8)
+    y, x = int(shift[0] * max(0, height - INPUT)), int(shift[1] * max(0, width - INPUT))
+    content = resized[y : y + INPUT, x : x + INPUT]
+    pixels[: content.shape[0], : content.shape[1]] = content[:, ::-1] if flip else content
+    y, x = int(y * share), int(x * share)
+    stack = torch.stack(masks)[:, y : y + TARGET, x : x + TARGET]
+    targets[:, : stack.shape[1], : stack.shape[2]] = stack.flip(-1) if flip else stack
+    return pixels, targets
+
+
+def decode_floor(jpegs: Sequence[bytes], reduced: bool) -> None:
+    """Decode to RGB and nothing else; reduced: to the smallest M/8 scale that still fills a 1024 input."""
+    import simplejpeg
+
+    for jpeg in jpegs:
+        if reduced:
+            height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+            factor = INPUT / max(height, width)
+            simplejpeg.decode_jpeg(jpeg, "RGB", min_height=round(height * factor), min_width=round(width * factor))
+        else:
+            simplejpeg.decode_jpeg(jpeg, "RGB")
+
+
+def sam_stages(dataset: Any, positions: range) -> dict[str, Callable[[], object]]:
+    """The parts of a sample's way, each over all positions; "targets" includes "parse"."""
+    from data_tools import rle
+    from trainer.data.order import MASK_ORDER, SAMPLE_DRAWS, keyed_rng
+    from trainer.data.sam_data import choose_masks, decode_placed, draw, place
+    from trainer.prompts import first_prompt
+
+    config, ready = dataset.config, []
+    for position in positions:
+        raw = dataset.reader.read(dataset.order.row(position))
+        placement = place(raw.record.height, raw.record.width, INPUT, 1.0, (0.0, 0.0), False)
+        order = keyed_rng(config.seed, MASK_ORDER, position).permutation(len(raw.record.annotations))
+        draws = draw(keyed_rng(config.seed, SAMPLE_DRAWS, position), config, dataset.num_blocks)
+        chosen, _ = choose_masks(raw.record, placement, order, config)
+        ready.append((raw, placement, order, draws, chosen))
+
+    def prompts() -> None:
+        for _, placement, _, draws, chosen in ready:
+            transform = placement.transform(INPUT, INPUT)
+            for m, mask in enumerate(chosen):
+                first_prompt(mask, placement.window, transform, draws.prompts[m], config.prompts)
+
+    return {
+        "read and JSON": lambda: [dataset.reader.read(dataset.order.row(p)) for p in positions],
+        "image (JPEG, resize)": lambda: [
+            decode_placed(raw.jpeg, raw.record.height, raw.record.width, placement) for raw, placement, *_ in ready
+        ],
+        "parse runs": lambda: [
+            rle.parse(raw.record.annotations[i]["segmentation"]) for raw, _, order, *_ in ready for i in order[:64]
+        ],
+        "targets": lambda: [choose_masks(raw.record, placed, order, config) for raw, placed, order, *_ in ready],
+        "prompts": prompts,
+        "whole sample": lambda: [dataset[[p]] for p in positions],
+    }
+
+
+def bench_sam(options: argparse.Namespace, scratch: Path) -> list[Row]:
+    source = options.data / "sa1b_genuine"
+    jpegs = sorted(source.glob("*.jpg"))
+    pack_quietly("sa1b", str(source), "--out", str(scratch / "sam"))
+    number = len(jpegs)
+    plain, augmented = (open_dataset("sam", scratch / "sam", *more) for more in (PLAIN, AUGMENTED))
+    contents = [jpeg.read_bytes() for jpeg in jpegs]
+    rng = np.random.default_rng(0)
+    seconds = medians(
+        {
+            "ours": lambda: [plain[[p]] for p in range(number)],
+            "ours, augmented": lambda: [augmented[[p]] for p in range(number)],
+            "peer": lambda: [peer_sam_sample(jpeg, rng, False) for jpeg in jpegs],
+            "peer, augmented": lambda: [peer_sam_sample(jpeg, rng, True) for jpeg in jpegs],
+            "JPEG floor, full size": lambda: decode_floor(contents, False),
+            "JPEG floor, M/8": lambda: decode_floor(contents, True),
+        },
+        options.repeats,
+    )
+    stages = medians(sam_stages(plain, range(number)), options.repeats)
+    rows = [
+        {"what": f"sam: {name}", "ms": 1e3 * value / number, "samples_s": number / value}
+        for name, value in seconds.items()
+    ]
+    rows += [{"what": f"sam stage: {name}", "ms": 1e3 * value / number} for name, value in stages.items()]
+    for suffix in ("", ", augmented"):
+        ours = seconds["ours" + suffix]
+        rows.append({"what": f"sam: times the peer{suffix}", "ratio": seconds["peer" + suffix] / ours})
+        for floor in ("full size", "M/8"):
+            share = seconds[f"JPEG floor, {floor}"] / ours
+            rows.append({"what": f"sam: share of the floor, {floor}{suffix}", "ratio": share})
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------- mae
+
+
+def peer_mae_epoch(source: Path, floats: bool) -> Callable[[], None]:
+    """Reads every image once, in a stock DataLoader without workers."""
+    from torch.utils.data import DataLoader
+    from torchvision import datasets, transforms
+
+    steps: list[Any] = [transforms.RandomResizedCrop(CROP), transforms.RandomHorizontalFlip()]
+    if floats:
+        steps += [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    else:
+        steps += [transforms.PILToTensor()]
+    folder = datasets.ImageFolder(str(source), transforms.Compose(steps))
+    loader = DataLoader(folder, batch_size=MAE_BATCH, shuffle=True, num_workers=0)
+
+    def epoch() -> None:
+        for _ in loader:
+            pass
+
+    return epoch
+
+
+def mae_epoch(dataset: Any) -> Callable[[], None]:
+    number = dataset.order.num_samples
+
+    def epoch() -> None:
+        for start in range(0, number, MAE_BATCH):
+            dataset[range(start, min(start + MAE_BATCH, number))]
+
+    return epoch
+
+
+def bench_mae(options: argparse.Namespace, scratch: Path) -> list[Row]:
+    source = options.data / "photos"
+    pack_quietly("images", str(source), "--out", str(scratch / "mae"))
+    pack_quietly("images", str(source), "--out", str(scratch / "mae256"), "--resize-short-side", "256")
+    full, small = open_dataset("mae", scratch / "mae"), open_dataset("mae", scratch / "mae256")
+    number = full.order.num_samples
+    jpegs = [full.reader.read(row).jpeg for row in range(number)]
+    seconds = medians(
+        {
+            "ours": mae_epoch(full),
+            "ours, shards of short side 256": mae_epoch(small),
+            "peer, bytes": peer_mae_epoch(source, floats=False),
+            "peer, floats": peer_mae_epoch(source, floats=True),
+            "JPEG floor, full size": lambda: decode_floor(jpegs, False),
+        },
+        options.repeats,
+    )
+    rows = [
+        {"what": f"mae: {name}", "ms": 1e3 * value / number, "samples_s": number / value}
+        for name, value in seconds.items()
+    ]
+    for ours in ("ours", "ours, shards of short side 256"):
+        for peer in ("peer, bytes", "peer, floats"):
+            rows.append({"what": f"mae: {ours}, times the {peer}", "ratio": seconds[peer] / seconds[ours]})
+    rows.append({"what": "mae: share of the floor", "ratio": seconds["JPEG floor, full size"] / seconds["ours"]})
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------ pack
+
+
+def copy_samples(source: Path, target: Path) -> float:
+    """Copies of the genuine samples under ids of their own; returns their size in MB (10^6 bytes)."""
+    target.mkdir()
+    size = 0
+    for path in sorted(source.glob("*.json")):
+        tree, jpeg = json.loads(path.read_bytes()), path.with_suffix(".jpg").read_bytes()
+        for copy in range(PACK_COPIES):
+            number = tree["image"]["image_id"] + copy * 10**7
+            tree_copy = tree | {"image": tree["image"] | {"image_id": number, "file_name": f"sa_{number}.jpg"}}
+            data = json.dumps(tree_copy, separators=(",", ":")).encode()
+            (target / f"sa_{number}.json").write_bytes(data)
+            (target / f"sa_{number}.jpg").write_bytes(jpeg)
+            size += len(jpeg) + len(data)
+    return size / 1e6
+
+
+def peer_pack(source: Path, target: Path) -> None:
+    """What anyone would write with webdataset: bytes in, bytes out."""
+    from webdataset import ShardWriter
+
+    target.mkdir()
+    with ShardWriter(str(target / "shard-%06d.tar"), maxcount=PACK_SHARD, verbose=0) as writer:
+        for path in sorted(source.glob("*.jpg")):
+            writer.write(
+                {"__key__": path.stem, "jpg": path.read_bytes(), "json": path.with_suffix(".json").read_bytes()}
+            )
+
+
+def bench_pack(options: argparse.Namespace, scratch: Path) -> list[Row]:
+    """Wall time. Two workers need two cores, so this part alone is not pinned."""
+    source = scratch / "copies"
+    size = copy_samples(options.data / "sa1b_genuine", source)
+    os.sched_setaffinity(0, options.cores)
+    times: dict[str, list[float]] = {}
+    for repeat in range(min(options.repeats, 3)):
+        for name, workers in (("peer, no checks", 0), ("1 worker", 1), ("2 workers", 2)):
+            target = scratch / f"packed_{workers}_{repeat}"
+            start = time.perf_counter()
+            if workers == 0:
+                peer_pack(source, target)
+            else:
+                pack_quietly("sa1b", str(source), "--out", str(target), "--shard-size", str(PACK_SHARD),
+                             "--workers", str(workers))  # fmt: skip
+            times.setdefault(name, []).append(time.perf_counter() - start)
+            subprocess.run(["rm", "-r", str(target)], check=True)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    rows: list[Row] = [{"what": f"pack: {name}", "MB_s": size / value} for name, value in seconds.items()]
+    for name in ("1 worker", "2 workers"):
+        rows.append({"what": f"pack: {name}, share of the peer", "ratio": seconds["peer, no checks"] / seconds[name]})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def own_memory_mb() -> dict[str, float]:
+    """Resident (RSS) and private (USS) memory of this process, MB (10^6 bytes)."""
+    fields = {}
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
+        name, kilobytes = line.split()[:2]
+        fields[name.rstrip(":")] = int(kilobytes) * 1024 / 1e6
+    return {"rss": fields["Rss"], "uss": fields["Private_Clean"] + fields["Private_Dirty"]}
+
+
+def read_samples(stage: str, shards: Path, stops: Sequence[int]) -> None:
+    """Read on and on as a worker does, batch by batch; print memory as JSON after `import torch` and at each stop."""
+    print(json.dumps({"samples": 0, "at": "import torch", **own_memory_mb()}))
+    dataset = open_dataset(stage, shards, *(AUGMENTED if stage == "sam" else []))
+    print(json.dumps({"samples": 0, "at": "data set open", **own_memory_mb()}))
+    done, batch = 0, 1 if stage == "sam" else MAE_BATCH
+    for stop in stops:
+        while done < stop:
+            dataset[range(done, done + batch)]
+            done += batch
+        print(json.dumps({"samples": done, "at": "reading", **own_memory_mb()}))
+
+
+def bench_memory(options: argparse.Namespace, scratch: Path) -> list[Row]:
+    stops = [200, 2000, *([10_000] if options.long else [])]
+    rows: list[Row] = []
+    for stage, layout, folder in (("sam", "sa1b", "sa1b_genuine"), ("mae", "images", "photos")):
+        shards = scratch / f"memory_{stage}"
+        pack_quietly(layout, str(options.data / folder), "--out", str(shards))
+        command = [sys.executable, "-m", "bench.data", "--read", stage, str(shards), *map(str, stops)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+        lines = [json.loads(line) for line in output.splitlines()]
+        for line in lines:
+            rows.append(
+                {
+                    "what": f"memory: {stage}, {line['at']}, {line['samples']} samples",
+                    "rss_mb": line["rss"],
+                    "uss_mb": line["uss"],
+                    "uss_beyond_torch_mb": line["uss"] - lines[0]["uss"],
+                }
+            )
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, versions and how busy the machine is."""
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())  # fmt: skip
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+    } | versions
+
+
+def show(rows: list[Row]) -> None:
+    for row in rows:
+        figures = "  ".join(f"{value:9.2f} {name}" for name, value in row.items() if name != "what")
+        print(f"{row['what']:52} {figures}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="holds sa1b_genuine and photos")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--long", action="store_true", help="memory: 10,000 samples")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--read", nargs="+", help=argparse.SUPPRESS)  # STAGE SHARDS STOP...: the process looked at
+    options = parser.parse_args()
+    if options.read:
+        stage, shards, *stops = options.read
+        read_samples(stage, Path(shards), [int(stop) for stop in stops])
+        return
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    if not (options.data / "sa1b_genuine").is_dir():
+        parser.error(f"no sa1b_genuine in {options.data}")
+    torch.set_num_threads(1)
+    options.cores = os.sched_getaffinity(0)
+    report: dict[str, Any] = {"machine": machine(), "rows": []}
+    print(report["machine"])
+    benches = {"sam": bench_sam, "mae": bench_mae, "pack": bench_pack, "memory": bench_memory}
+    for part in options.parts or PARTS:
+        os.sched_setaffinity(0, {max(options.cores)})
+        with tempfile.TemporaryDirectory() as scratch:
+            rows = benches[part](options, Path(scratch))
+        show(rows)
+        report["rows"] += rows
+    report["load_after"] = os.getloadavg()[0]
+    if options.out is not None:
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
