@@ -3,13 +3,12 @@
 Protocol (SAM section 7.1 and D.1): the first click is the pixel farthest from the mask's boundary, each next one the
 pixel farthest from the boundary of the error region, positive where the truth was missed, negative where too much
 was taken. The answer to a single prompt is the hypothesis of highest *predicted* IoU of three, to more the single-mask
-token's. A recipe that trains the three for every prompt (the document's) is also asked so.
+token's; from the second click on the previous answer is given as mask prompt too.
 
 Letters: B images, M masks, H W input pixels, h w logits, Y X pixels of the original image.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -33,8 +32,7 @@ class EvalBatch:
     truths: list[list[rle.Runs]]  # (B)(M), at original resolution
     keys: list[str]  # (B)
     clicks: tuple[int, ...]  # numbers of clicks after which to score, ascending
-    mask_feedback: bool  # give the previous answer as mask prompt from the second click on, as trained
-    tokens: Literal["by_prompts", "three", "single"]  # which mask tokens answer: those that were trained to
+    single_token: bool  # the single-mask token answers every prompt: where no other was trained
     masks_at_once: int  # how many masks of an image are decoded together; limits memory, changes nothing
     keep_masks: bool = False  # return the predicted bitmaps too, for pictures
 
@@ -112,7 +110,7 @@ class _Session:
         num_masks = len(self.runs)
         empty = torch.full((1, num_masks, 1), NO_POINT, device=device)
         output = self.decode(torch.zeros(1, num_masks, 1, 2, device=device), empty, scaled)
-        return self.bitmaps(chosen(output, single=self.batch.tokens == "single"))
+        return self.bitmaps(chosen(output, self.batch.single_token))
 
     def answers_to_clicks(self) -> tuple[dict[str, np.ndarray], list[list[tuple[float, float, int]]]]:
         """Bitmaps (M, Y, X) after each number of clicks that is scored, and the clicks of each mask."""
@@ -131,10 +129,8 @@ class _Session:
                 position = (np.array([x, y]) + 0.5) * self.to_input_scale() - 0.5
                 coords[0, m, number] = torch.from_numpy(position).to(coords)
                 labels[0, m, number] = label
-            fed_back = previous if self.batch.mask_feedback else None
-            output = self.decode(coords, labels, None, fed_back)
-            single = self.batch.tokens == "single" or (self.batch.tokens == "by_prompts" and number > 0)
-            previous = chosen(output, single)
+            output = self.decode(coords, labels, None, previous)
+            previous = chosen(output, self.batch.single_token or number > 0)
             current = self.bitmaps(previous)
             if number + 1 in self.batch.clicks:
                 answers[f"click_{number + 1}"] = current

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 import torch
@@ -68,18 +67,10 @@ def evaluation_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig, k
         truths,
         keys,
         clicks=config.evaluate.clicks,
-        mask_feedback=config.prompts.rounds > 1,
-        tokens=answering_tokens(config),
+        single_token=config.loss.multimask == "single",
         masks_at_once=config.data.max_masks,
         keep_masks=keep_masks,
     )
-
-
-def answering_tokens(config: SamConfig) -> Literal["by_prompts", "three", "single"]:
-    """Which mask tokens the recipe trains for an answer."""
-    if config.loss.multimask == "single":
-        return "single"
-    return "three" if config.loss.multimask_when == "always" else "by_prompts"
 
 
 def original_image(reader: ShardReader, row: int) -> np.ndarray:
