@@ -210,7 +210,7 @@ def choose_masks(
     candidates = list(mask_order)
     max_area = (config.data.max_mask_area or 1.0) * record.height * record.width
     chosen: list[rle.Runs] = []
-    targets: list[np.ndarray] = []
+    targets = np.empty((max_masks, size, size), bool)
     while candidates and len(chosen) < max_masks:
         wanted = max_masks - len(chosen)
         batch = []
@@ -231,7 +231,8 @@ def choose_masks(
         for start in range(0, len(batch), MASKS_AT_ONCE):
             part = batch[start : start + MASKS_AT_ONCE]
             bitmaps = rle.coverage(part, size, size, transform) >= 0.5
-            shown = bitmaps.any(axis=(1, 2))
-            chosen += [mask for mask, keep in zip(part, shown, strict=True) if keep]
-            targets.append(bitmaps[shown])
-    return chosen, np.concatenate(targets).view(np.uint8) if targets else np.zeros((0, size, size), np.uint8)
+            for mask, bitmap in zip(part, bitmaps, strict=True):
+                if bitmap.any():
+                    targets[len(chosen)] = bitmap
+                    chosen.append(mask)
+    return chosen, targets[: len(chosen)].view(np.uint8)
