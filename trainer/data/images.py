@@ -32,18 +32,33 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def decode_jpeg(data: bytes, min_height: int, min_width: int) -> np.ndarray:
-    """RGB uint8 (h, w, 3), possibly at one of libjpeg-turbo's M/8 scales but at least `min_height` x `min_width`.
+    """RGB uint8 (h, w, 3), possibly at 1/2, 1/4 or 1/8 but at least `min_height` x `min_width`.
 
-    EXIF rotation, greyscale and CMYK are brought to upright RGB; files other than JPEG go through Pillow.
-    Raises `SampleError`.
+    Sides are rounded up. EXIF rotation, greyscale and CMYK are brought to upright RGB; files other than JPEG go
+    through Pillow, in full. Raises `SampleError`.
     """
     try:
-        if _is_plain(data) and simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray", "RGB"):
-            return simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width)
+        if _is_plain(data):
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+            if colorspace in ("YCbCr", "Gray", "RGB"):
+                wanted = reduced_size(height, width, min_height, min_width)
+                return simplejpeg.decode_jpeg(data, "RGB", min_height=wanted[0], min_width=wanted[1])
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except UNDECODABLE as error:
         raise SampleError(f"image does not decode: {error}") from error
+
+
+def reduced_size(height: int, width: int, min_height: int, min_width: int) -> tuple[int, int]:
+    """Smallest of the full, 1/2, 1/4 and 1/8 size that is at least as large as asked.
+
+    libjpeg-turbo has all M/8 scales, but vector instructions for these only: 5/8 to 7/8 take longer than full size.
+    """
+    for divisor in (8, 4, 2):
+        size = -(-height // divisor), -(-width // divisor)
+        if size[0] >= min_height and size[1] >= min_width:
+            return size
+    return height, width
 
 
 def _is_plain(data: bytes) -> bool:
@@ -73,7 +88,8 @@ def resize_window(
     top, bottom = int(y_starts[0]), int(y_starts[-1]) + len(y_weights)
     rows = np.empty((bottom - top, 3, width), np.uint8)
     planes = np.empty((3, height, width), np.uint8)
-    pixels = np.ascontiguousarray(image[top:bottom]).reshape(bottom - top, -1)
+    # Pillow's arrays are read-only, which the kernel's signature is not: they are copied.
+    pixels = np.require(image[top:bottom], np.uint8, "CW").reshape(bottom - top, -1)
     _resize_across(pixels, x_starts, x_weights, rows)
     _resize_down(rows, y_starts - top, y_weights, planes)
     return planes.transpose(1, 2, 0)

@@ -191,7 +191,7 @@ def decode_placed(jpeg: bytes, height: int, width: int, placement: Placement) ->
         jpeg, needed_size(height, y1 - y0, placement.height), needed_size(width, x1 - x0, placement.width)
     )
     scale_x, scale_y = image.shape[1] / width, image.shape[0] / height
-    if abs(scale_x - scale_y) * max(height, width) > 2:  # M/8 scales round each side up by less than a pixel
+    if abs(scale_x - scale_y) * max(height, width) > 2:  # reduced scales round each side up by less than a pixel
         raise SampleError(f"image of {image.shape[1]}x{image.shape[0]} does not fit the recorded {width}x{height}")
     window = (x0 * scale_x, y0 * scale_y, x1 * scale_x, y1 * scale_y)
     return resize_window(image, window, placement.height, placement.width, flip=placement.flip)
