@@ -103,7 +103,7 @@ class _PlainEngine:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run directory of stage 2")
-    parser.add_argument("--shards", help="packed data set, a directory or a URL; default: the run's own evaluation data")
+    parser.add_argument("--shards", help="packed data set, directory or URL; default: the run's own evaluation data")
     parser.add_argument("--num-images", type=int, help="first images only; default: all")
     parser.add_argument("--untrained", action="store_true", help="score the network before its first step")
     parser.add_argument("--out", type=Path, help="write the scores as JSON")
