@@ -67,9 +67,7 @@ def fused_attention(
     return F.scaled_dot_product_attention(wide_q, wide_k, wide_v, scale=1.0)[..., :width]
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, rel_pos: tuple[Tensor, Tensor] | None, grid: tuple[int, int]
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, rel_pos: tuple[Tensor, Tensor] | None, grid: tuple[int, int]) -> Tensor:
     """Attention of (B, n, N, D), with relative position if tables are given, by the faster exact formulation.
 
     The rule: the fused one, except on a CPU with few tokens, where a small bias costs less than wider heads.

@@ -45,9 +45,7 @@ class MaskDecoder(nn.Module):
         )
         self.iou_prediction_head = MLP(transformer_dim, iou_head_hidden_dim, self.num_mask_tokens, iou_head_depth)
 
-    def forward(
-        self, image_embeddings: Tensor, image_pe: Tensor, prompts: PromptEmbeddings
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, image_embeddings: Tensor, image_pe: Tensor, prompts: PromptEmbeddings) -> tuple[Tensor, Tensor]:
         """image_embeddings (B, C, h, w), image_pe (1, C, h, w) -> logits (B, M, K, 4h, 4w), IoUs (B, M, K)."""
         num_images, num_masks, num_sparse, dim = prompts.sparse.shape
         groups, (h, w) = num_images * num_masks, image_embeddings.shape[-2:]
