@@ -6,7 +6,7 @@
     python -m bench.data --out data.json
 
 Both sides run in turn in the same run, on one thread pinned to one core, from files in the page cache; the figures are
-medians over `--repeats`, of the process's own CPU time (packing: wall time, since it starts processes and writes).
+medians over `--repeats`, of the process's own CPU time (packing: of all its processes; wall time beside it).
 
 sam     one sample = a 1024 x 1024 image, up to 64 masks as a 256 x 256 target, their first prompts. The peer decodes
         with Pillow, decodes the same number of masks with pycocotools and resizes the bitmaps, as the loaders of sam2
@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "launch" / "configs"
@@ -101,8 +100,9 @@ def open_dataset(stage: str, shards: Path, *overrides: str) -> Any:
 
 def peer_sam_sample(
     jpeg: Path, rng: np.random.Generator, augmented: bool, floats: bool = False
-) -> tuple[np.ndarray, torch.Tensor]:
+) -> tuple[np.ndarray, Any]:
     """Image (1024, 1024, 3) and targets (64, 256, 256), both uint8, by way of full bitmaps."""
+    import torch
     from PIL import Image
     from pycocotools import mask as coco_mask
     from torchvision.transforms import functional
@@ -317,26 +317,32 @@ def peer_pack(source: Path, target: Path) -> None:
 
 
 def bench_pack(options: argparse.Namespace, scratch: Path) -> list[Row]:
-    """Wall time. Two workers need two cores, so this part alone is not pinned."""
+    """Two workers need two cores, so this part alone is not pinned."""
     source = scratch / "copies"
     size = copy_samples(options.data / "sa1b_genuine", source)
     os.sched_setaffinity(0, options.cores)
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
     for repeat in range(min(options.repeats, 3)):
         for name, workers in (("peer, no checks", 0), ("1 worker", 1), ("2 workers", 2)):
             target = scratch / f"packed_{workers}_{repeat}"
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), sum(os.times()[:4])
             if workers == 0:
                 peer_pack(source, target)
             else:
                 pack_quietly("sa1b", str(source), "--out", str(target), "--shard-size", str(PACK_SHARD),
                              "--workers", str(workers))  # fmt: skip
-            times.setdefault(name, []).append(time.perf_counter() - start)
+            # The first four: user and system time of this process and of those it waited for.
+            times.setdefault(name, []).append((sum(os.times()[:4]) - start_cpu, time.perf_counter() - start))
             subprocess.run(["rm", "-r", str(target)], check=True)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    rows: list[Row] = [{"what": f"pack: {name}", "MB_s": size / value} for name, value in seconds.items()]
+    middle = {name: np.median(np.array(values), axis=0) for name, values in times.items()}
+    rows: list[Row] = [
+        {"what": f"pack: {name}", "MB_per_cpu_s": size / cpu, "MB_per_wall_s": size / wall}
+        for name, (cpu, wall) in middle.items()
+    ]
+    peer = middle["peer, no checks"]
     for name in ("1 worker", "2 workers"):
-        rows.append({"what": f"pack: {name}, share of the peer", "ratio": seconds["peer, no checks"] / seconds[name]})
+        by_cpu, by_wall = peer / middle[name]
+        rows.append({"what": f"pack: {name} / peer", "by_cpu": by_cpu, "by_wall": by_wall})
     return rows
 
 
@@ -354,6 +360,9 @@ def own_memory_mb() -> dict[str, float]:
 
 def read_samples(stage: str, shards: Path, stops: Sequence[int]) -> None:
     """Read on and on as a worker does, batch by batch; print memory as JSON after `import torch` and at each stop."""
+    import torch
+
+    torch.set_num_threads(1)
     print(json.dumps({"samples": 0, "at": "import torch", **own_memory_mb()}))
     dataset = open_dataset(stage, shards, *(AUGMENTED if stage == "sam" else []))
     print(json.dumps({"samples": 0, "at": "data set open", **own_memory_mb()}))
@@ -425,7 +434,10 @@ def main() -> None:
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     if not (options.data / "sa1b_genuine").is_dir():
         parser.error(f"no sa1b_genuine in {options.data}")
-    torch.set_num_threads(1)
+    if set(options.parts or PARTS) & {"sam", "mae"}:
+        import torch  # not at the top: the packer's worker processes import this file too
+
+        torch.set_num_threads(1)
     options.cores = os.sched_getaffinity(0)
     report: dict[str, Any] = {"machine": machine(), "rows": []}
     print(report["machine"])
