@@ -37,7 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.data and not options.data.is_dir():
         print(f"demo: DATA={options.data} is no folder", file=sys.stderr)
         return 2
-    prepare(out, {"data": str(options.data.resolve()) if options.data else None, "seed": options.seed})
+    prepare(
+        out,
+        {"data": str(options.data.resolve()) if options.data else None, "seed": options.seed, "quick": options.quick},
+    )
     started = time.monotonic()
     try:
         train_shards, sam_data = pack_data(out, options.data, options.seed, options.quick)
@@ -71,7 +74,7 @@ def pack_data(out: Path, data: Path | None, seed: int, quick: bool) -> tuple[Pat
     """Shards to train on, and the SAM settings that say where evaluation reads."""
     shards = out / "shards" / "train"
     if data is not None:
-        run("data_tools.pack", "sa1b", str(data), "--out", str(shards), "--workers", "2")
+        run("data_tools.pack", "sa1b", str(data), "--out", str(shards), "--workers", "2", "--allow-bad", "1000000")
         num_samples = json.loads((shards / "manifest.json").read_text())["totals"]["num_samples"]
         # A fifth is held out, by hash of the image id.
         return shards, [f"data.holdout_images={max(1, num_samples // 5)}", "data.eval_shards=null"]

@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         overrides = [f"data.eval_shards={options.shards}"] if options.shards else []
-        config = load_config(options.run / "config.yaml", overrides)
+        config = load_config(options.run / "config.yaml", overrides, check_paths=False)
         if not isinstance(config, SamConfig):
             raise ValueError(f"{options.run} is a run of stage {config.stage}; evaluation needs stage sam")
         world = single_process()

@@ -74,11 +74,12 @@ def train(
             logger.scalars(done, values)
             logger.say(console_line(done, plan.num_steps, values, plan.global_size))
             meter = Meter()
+        if done % plan.save_every == 0 or done == plan.last_step or stop:
+            checkpointer.save(engine, plan.state_at(done))
+        # After the save: whatever happens in an evaluation, no step is lost.
         if done % plan.evaluate_every == 0 or done == plan.last_step:
             evaluate(engine, done)
             engine.task.train()
-        if done % plan.save_every == 0 or done == plan.last_step or stop:
-            checkpointer.save(engine, plan.state_at(done))
         if stop and done < plan.num_steps:
             logger.say(f"stopped at step {done} of {plan.num_steps}; the same command goes on from here")
             return True

@@ -96,5 +96,7 @@ def console_line(step: int, num_steps: int, values: Mapping[str, float], global_
     parts = [f"step {step}/{num_steps}", f"loss {values['train/loss']:.4f}"]
     parts += [f"{name.split('/', 1)[1]} {values[name]:.3f}" for name in values if name.endswith("/iou")]
     parts += [f"lr {values['optim/lr']:.2e}", f"grad {values['train/grad_norm']:.2f}"]
+    if values["optim/skipped_steps"]:
+        parts.append(f"SKIPPED {values['optim/skipped_steps']:.0f} steps")
     parts += [f"{global_size / seconds:.1f} images/s", f"data wait {values['data/stall_share']:.0%}", f"left {left}"]
     return "  ".join(parts)

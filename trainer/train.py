@@ -59,6 +59,10 @@ def run(config: Config, world: World, guard: Guard) -> bool:
     pipeline = build_pipeline(config)
     ends = phase_ends(config.phases, pipeline.order.num_samples, config.batch.global_size)
     checkpointer = Checkpointer(config.run_dir / "checkpoints", config.checkpoint.keep_last, world)
+    newest = checkpointer.newest()
+    if newest:
+        # Before anything is written: a mistaken start must not touch the run.
+        check_same_run(read_run_state(newest), fingerprint(config, pipeline), newest)
     logger = Logger(config.run_dir, world)
     announce(config, pipeline, ends, world, logger)
     try:
@@ -91,7 +95,7 @@ def run_phase(
     groups = param_groups(task.named_parameters(), config.optim, depth, first_trained(config.phases))
     engine = build_engine(task.to(world.device), config, groups, world)
     if newest:
-        check_same_run(checkpointer.load(newest, engine), fingerprint(config, pipeline), newest)
+        checkpointer.load(newest, engine)
         logger.say(f"going on from {newest}")
     plan = make_plan(config, phase, ends, pipeline, world, first_step)
     batches = build_batches(pipeline.dataset, config, world, first_step, ends[phase])
@@ -102,6 +106,7 @@ def run_phase(
         evaluate = build_evaluation(config, pipeline, world, logger)
         stopped = train(engine, batches, plan, world, checkpointer, logger, guard, evaluate, sample_log)
     finally:
+        batches.close()
         engine.close()
         if sample_log:
             sample_log.close()
@@ -158,7 +163,7 @@ def build_evaluation(config: Config, pipeline: Pipeline, world: World, logger: L
 
 
 def fingerprint(config: Config, pipeline: Pipeline) -> dict[str, object]:
-    """What fixes the sequence of samples and draws: a run resumes only on the same."""
+    """What fixes the network and the sequence of samples and draws: a run resumes only on the same."""
     return {
         "stage": config.stage,
         "seed": config.seed,
@@ -167,11 +172,12 @@ def fingerprint(config: Config, pipeline: Pipeline) -> dict[str, object]:
         "window": config.data.window,
         "num_samples": pipeline.order.num_samples,
         "manifest": pipeline.fingerprint,
+        "model": config.model.model_dump(mode="json", exclude={"init_from", "patch_resize"}),
     }
 
 
 def check_same_run(state: RunState, wanted: dict[str, object], checkpoint: Path) -> None:
-    """Raise `ValueError` with every difference if the checkpoint belongs to another sequence of samples."""
+    """Raise `ValueError` with every difference if the checkpoint belongs to another network or sequence of samples."""
     differences = [
         f"{key}: {state.fingerprint.get(key)!r} there, {value!r} now"
         for key, value in wanted.items()

@@ -143,16 +143,34 @@ def test_all_config_problems_come_at_once_and_nothing_starts(scenes, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
-def test_a_shard_cut_short_stops_training_and_names_the_repair(scenes, tmp_path, capsys):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_cut_short_stops_training_and_names_the_repair(scenes, tmp_path, workers):
+    """In a process of its own, so that it shows whether the program also ends."""
     broken = tmp_path / "shards"
     subprocess.run(["cp", "-r", str(scenes["train"]), str(broken)], check=True)
     victims = sorted(broken.glob("shard-*.tar"))
     for victim in victims:
         os.truncate(victim, victim.stat().st_size - 1000)
-    assert train.main(sam_arguments({**scenes, "train": broken}, tmp_path / "run")) == 2
-    said = capsys.readouterr().err
-    assert "shard-0" in said
-    assert "data_tools.verify" in said
+    arguments = sam_arguments({**scenes, "train": broken}, tmp_path / "run", f"data.workers={workers}")
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.train", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=90,
+    )
+    assert done.returncode == 2
+    assert "shard-0" in done.stderr
+    assert "data_tools.verify" in done.stderr
+
+
+def test_a_finished_run_is_not_touched_by_a_start_with_another_network(scenes, sam_run, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(sam_run), str(run_dir)], check=True)
+    before = (run_dir / "config.yaml").read_text()
+    assert train.main(sam_arguments(scenes, run_dir, "model.size=vit_b")) == 2
+    assert "model: " in capsys.readouterr().err
+    assert (run_dir / "config.yaml").read_text() == before
 
 
 def test_another_seed_or_batch_is_not_the_same_run(scenes, sam_run, tmp_path, capsys):

@@ -1,7 +1,8 @@
 """Micro-batches of one rank, decoded in worker processes that no stop signal kills."""
 
+import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from multiprocessing import forkserver
 
 from torch.utils.data import DataLoader, Dataset
@@ -13,8 +14,10 @@ from trainer.distributed import World
 from trainer.guard import STOP_SIGNALS
 
 
-def build_batches(dataset: Dataset, config: Config, world: World, first_step: int, last_step: int) -> Iterator[Batch]:
-    """This rank's micro-batches of the steps `first_step` to `last_step`, in order.
+def build_batches(
+    dataset: Dataset, config: Config, world: World, first_step: int, last_step: int
+) -> Generator[Batch, None, None]:
+    """This rank's micro-batches of the steps `first_step` to `last_step`, in order; `close()` ends the workers.
 
     Workers come from a fork server: forking a process with CUDA or gloo threads alive may hang.
     """
@@ -40,7 +43,17 @@ def build_batches(dataset: Dataset, config: Config, world: World, first_step: in
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=_ignore_stop_signals,
     )
-    return iter(loader)
+    before = set(multiprocessing.active_children())
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        if workers:
+            # What the iterator's __del__ does; but the traceback of an error keeps the iterator alive until the
+            # interpreter exits, which then waits for workers that nobody told to end.
+            iterator._shutdown_workers()
+            for worker in set(multiprocessing.active_children()) - before:
+                worker.kill()
 
 
 def _start_fork_server() -> None:
