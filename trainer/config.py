@@ -358,12 +358,19 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
     return None
 
 
-def _explain(error: ValidationError, root: type[Section], removed: set[tuple[int | str, ...]]) -> list[str]:
+def _causes(error: ValidationError) -> list[Any]:
+    """The errors without those of a list that only lacks the items which are wrong themselves."""
+    items = error.errors()
+    paths = [item["loc"] for item in items]
+    return [i for i in items if not any(len(p) > len(i["loc"]) > 0 and p[: len(i["loc"])] == i["loc"] for p in paths)]
+
+
+def _explain(items: list[Any], root: type[Section], aside: set[tuple[int | str, ...]]) -> list[str]:
     """One line a problem: dotted path, what is wrong, the nearest valid name for an unknown key."""
     lines = []
-    for item in error.errors():
-        if item["loc"] in removed:
-            continue
+    for item in items:
+        if any(path[: len(item["loc"])] == item["loc"] for path in aside if item["loc"]):
+            continue  # a consequence of what was set aside
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             valid = _field_names(root, item["loc"][:-1])
@@ -394,28 +401,43 @@ def _field_names(root: type[Section], path: tuple[int | str, ...]) -> list[str]:
 def _validate(tree: dict[str, Any], root: type[MaeConfig | SamConfig]) -> tuple[Config | None, list[str]]:
     """The config, or None and all its problems.
 
-    Combinations are looked at only where every key and type is right, so keys found wrong are left out and the rest
-    is looked at again; a required key that was left out this way is not reported as missing.
+    A combination is looked at only where every key and type of its section is right. So what was found wrong is set
+    aside and the rest looked at again, until nothing new is found.
     """
-    tree, problems, removed = copy.deepcopy(tree), [], set()
+    tree, problems, aside = copy.deepcopy(tree), [], set()
     while True:
         try:
             return root.model_validate(tree), problems
         except ValidationError as error:
-            problems += [line for line in _explain(error, root, removed) if line not in problems]
-            wrong = {item["loc"] for item in error.errors() if item["type"] not in ("missing", "value_error")}
-        if not any(_remove(tree, path) for path in sorted(wrong, key=str, reverse=True)):
+            items = _causes(error)
+            problems += [line for line in _explain(items, root, aside) if line not in problems]
+            found = {item["loc"] for item in items if item["type"] != "missing" and item["loc"]} - aside
+        aside |= found
+        changed = [_set_aside(tree, path) for path in sorted(found, key=str, reverse=True)]
+        if not any(changed):
             return None, problems
-        removed |= wrong
 
 
-def _remove(tree: Any, path: tuple[int | str, ...]) -> bool:
-    """Take an entry out of nested mappings; whether it was there. Entries of lists stay, since others would move."""
+# What stands in for a section that contradicts itself, where leaving it out would be one more problem.
+STAND_INS: dict[str, dict[str, Any]] = {
+    "schedule": {"warmup_steps": 0},
+    "checkpoint": {"every_steps": 1},
+    "phases": {"name": "", "steps": 1},
+}
+
+
+def _set_aside(tree: Any, path: tuple[int | str, ...]) -> bool:
+    """Take an entry out of the tree, or put a stand-in in its place; whether anything changed."""
     *parents, last = path
     for part in parents:
-        if not isinstance(tree, dict) or part not in tree:
+        if (isinstance(tree, dict) and part in tree) or (isinstance(tree, list) and isinstance(part, int)):
+            tree = tree[part]
+        else:
             return False
-        tree = tree[part]
+    stand_in = STAND_INS.get(str(path[0])) if len(path) == 1 or isinstance(last, int) else None
+    if stand_in is not None and isinstance(tree, dict | list):
+        tree[last] = dict(stand_in)
+        return True
     return isinstance(tree, dict) and tree.pop(last, tree) is not tree
 
 

@@ -129,6 +129,15 @@ def test_paths_and_combinations_come_with_the_rest(good, tmp_path):
     assert "learn nothing" in shown
 
 
+def test_contradictions_of_sections_do_not_hide_those_of_the_whole(good):
+    wrong = ["model.image_size=65", "schedule.warmup_epochs=1", "phases.0.epochs=1", "phases.1.steps=many"]
+    lines = problems([*good, *wrong, "checkpoint.every_epochs=2", "prompts.types.point=0.9"]).splitlines()
+    starts = ["model.image_size=65 is no multiple", "schedule: give exactly", "phases.0: give exactly"]
+    starts += ["phases.1.steps: ", "checkpoint: give exactly", "prompts.types: probabilities sum"]
+    assert [sum(line.startswith(start) for line in lines) for start in starts] == [1] * 6, lines
+    assert len(lines) == 6, lines
+
+
 def test_required_keys_are_named(good, tmp_path):
     tree = yaml.safe_load(TINY.read_text())
     del tree["optim"], tree["data"]["shards"]
