@@ -45,17 +45,17 @@ def synthesize_scene(seed: int, number: int, height: int, width: int) -> Scene:
     canvas = textured(rng, background, x, y)
     masks: list[np.ndarray] = []
     colors = [background]
-    for _ in range(int(rng.integers(2, 4))):
-        size = rng.uniform(0.42, 0.76) * min(height, width)
+    for _ in range(int(rng.integers(2, 5))):
+        size = rng.uniform(0.36, 0.7) * min(height, width)
         center = rng.uniform(0.18, 0.82, 2) * (width, height)
         whole = shape(rng, x - center[0], y - center[1], size / 2)
         color = contrasting(rng, colors)
         added, parts = [whole], []
         canvas = np.where(whole[..., None], textured(rng, color, x, y), canvas)
-        if rng.random() < 0.3:
+        if rng.random() < 0.4:
             for _ in range(int(rng.integers(1, 3))):
                 offset = rng.uniform(-0.22, 0.22, 2) * size
-                part_size = rng.uniform(0.45, 0.6) * size
+                part_size = rng.uniform(0.4, 0.6) * size
                 part = shape(rng, x - center[0] - offset[0], y - center[1] - offset[1], part_size / 2) & whole
                 parts = [other & ~part for other in parts] + [part]
                 part_color = contrasting(rng, [*colors, color])
