@@ -19,8 +19,7 @@ from torch import Tensor
 from data_tools import rle
 from model.prompt_encoder import Prompts
 from model.sam import Sam, SamOutput
-
-NO_POINT = -1
+from trainer.prompts import NO_POINT
 
 
 @dataclass(frozen=True)
