@@ -3,7 +3,8 @@
 Protocol (SAM section 7.1 and D.1): the first click is the pixel farthest from the mask's boundary, each next one the
 pixel farthest from the boundary of the error region, positive where the truth was missed, negative where too much
 was taken. The answer to a single prompt is the hypothesis of highest *predicted* IoU of three, to more the single-mask
-token's; from the second click on the previous answer is given as mask prompt too.
+token's; from the second click on the previous answer is given as mask prompt too. `box_oracle` and `click_1_oracle`
+take the hypothesis of highest *true* IoU instead (SAM 7.1 "oracle"): how much of the error is choosing.
 
 Letters: B images, M masks, H W input pixels, h w logits, Y X pixels of the original image.
 """
@@ -89,18 +90,31 @@ class _Session:
         self.logits_size = 4 * embedding.shape[-1]
 
     def run(self) -> EvalScores:
-        answers = {"box": self.answer_to_boxes()}
-        answers_to_clicks, clicks = self.answers_to_clicks()
+        to_boxes = self.answer_to_boxes()
+        answers = {"box": self.bitmaps(chosen(to_boxes, self.batch.single_token))}
+        answers_to_clicks, clicks, to_first_clicks = self.answers_to_clicks()
         answers |= answers_to_clicks
+        oracle = {}
+        if not self.batch.single_token:  # else the three hypotheses were never trained
+            oracle = {"box_oracle": self.oracle(to_boxes), "click_1_oracle": self.oracle(to_first_clicks)}
         scores = []
         for m, truth in enumerate(self.truths):
             iou = {name: bitmap_iou(masks[m], truth) for name, masks in answers.items()}
+            iou |= {name: values[m] for name, values in oracle.items()}
             iou["filled_box"] = filled_box_iou(self.runs[m])
             kept = {name: masks[m] for name, masks in answers.items()} if self.batch.keep_masks else {}
             scores.append(MaskScore(self.key, self.first + m, iou, clicks[m], kept))
         return scores
 
-    def answer_to_boxes(self) -> np.ndarray:
+    def oracle(self, output: SamOutput) -> list[float]:
+        """IoU (M) of the best of the three hypotheses, at the original resolution."""
+        best = [0.0] * len(self.truths)
+        for k in range(1, output.low_res_logits.shape[2]):
+            masks = self.bitmaps(output.low_res_logits[:, :, k].float())
+            best = [max(best[m], bitmap_iou(masks[m], truth)) for m, truth in enumerate(self.truths)]
+        return best
+
+    def answer_to_boxes(self) -> SamOutput:
         boxes = np.array([rle.box(mask) for mask in self.runs], np.float32)  # x y w h
         boxes[:, 2:] += boxes[:, :2]
         scale = self.to_input_scale()
@@ -108,11 +122,10 @@ class _Session:
         scaled = torch.from_numpy(boxes * np.tile(scale, 2).astype(np.float32)).to(device)[None]
         num_masks = len(self.runs)
         empty = torch.full((1, num_masks, 1), NO_POINT, device=device)
-        output = self.decode(torch.zeros(1, num_masks, 1, 2, device=device), empty, scaled)
-        return self.bitmaps(chosen(output, self.batch.single_token))
+        return self.decode(torch.zeros(1, num_masks, 1, 2, device=device), empty, scaled)
 
-    def answers_to_clicks(self) -> tuple[dict[str, np.ndarray], list[list[tuple[float, float, int]]]]:
-        """Bitmaps (M, Y, X) after each number of clicks that is scored, and the clicks of each mask."""
+    def answers_to_clicks(self) -> tuple[dict[str, np.ndarray], list[list[tuple[float, float, int]]], SamOutput]:
+        """Bitmaps (M, Y, X) after each number of clicks that is scored, the clicks of each mask, the first output."""
         num_masks, most = len(self.runs), max(self.batch.clicks)
         device = self.embedding.device
         coords = torch.zeros(1, num_masks, most, 2, device=device)
@@ -120,6 +133,7 @@ class _Session:
         clicks: list[list[tuple[float, float, int]]] = [[] for _ in range(num_masks)]
         current = np.zeros_like(self.truths)
         previous: Tensor | None = None
+        first: SamOutput | None = None
         answers = {}
         for number in range(most):
             for m, truth in enumerate(self.truths):
@@ -129,11 +143,13 @@ class _Session:
                 coords[0, m, number] = torch.from_numpy(position).to(coords)
                 labels[0, m, number] = label
             output = self.decode(coords, labels, None, previous)
+            first = first or output
             previous = chosen(output, self.batch.single_token or number > 0)
             current = self.bitmaps(previous)
             if number + 1 in self.batch.clicks:
                 answers[f"click_{number + 1}"] = current
-        return answers, clicks
+        assert first is not None, "at least one click"
+        return answers, clicks, first
 
     def decode(
         self, coords: Tensor, labels: Tensor, boxes: Tensor | None, mask_logits: Tensor | None = None

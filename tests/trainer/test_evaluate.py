@@ -9,12 +9,14 @@ from PIL import Image
 
 from data_tools import rle
 from model.build import build_sam
+from model.prompt_encoder import Prompts
 from tests.trainer.tiny import sam_arguments
 from trainer import evaluate, export, train
 from trainer.config import load_config
 from trainer.data.eval_data import evaluation_batch, evaluation_batches, evaluation_rows
 from trainer.evaluate import summarize
-from trainer.interactive import bitmap_iou, center_click, deepest, filled_box_iou, upsample_to_original
+from trainer.interactive import bitmap_iou, center_click, deepest, filled_box_iou, interact, upsample_to_original
+from trainer.stages import build_sam_task
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,38 @@ def test_upsampling_goes_through_the_input_and_drops_the_padding():
     assert not bitmap[0, 0, :, 90:].any()
 
 
+@torch.no_grad()
+def test_the_oracle_takes_the_best_of_three_and_the_answer_the_one_predicted_best(scenes, run_dir):
+    """Against the network called by hand, its three hypotheses compared in plain numpy."""
+    config = load_config(run_dir / "config.yaml")
+    reader, rows = evaluation_rows(config)
+    batch = evaluation_batch(reader, rows[:1], config)
+    sam = build_sam_task(config, (), False).sam.eval()
+    scores = interact(sam, batch)
+    embeddings = sam.encode_images(sam.normalize_images(batch.images, batch.image_sizes))
+    differ = 0
+    for score, mask in zip(scores, batch.truths[0], strict=True):
+        truth = rle.to_bitmap(mask).astype(bool)
+        x, y, _ = score.clicks[0]
+        none = torch.zeros(1, 1, dtype=torch.bool)
+        prompts = Prompts(
+            torch.tensor([[[[x, y]]]]),
+            torch.ones(1, 1, 1),
+            torch.zeros(1, 1, 4),
+            none,
+            torch.zeros(1, 1, 16, 16),
+            none,
+        )
+        output = sam.decode_masks(embeddings, prompts)
+        logits = torch.nn.functional.interpolate(output.low_res_logits[0], 64, mode="bilinear")[0, 1:].numpy()
+        ious = [((one > 0) & truth).sum() / ((one > 0) | truth).sum() for one in logits]
+        assert score.iou["click_1_oracle"] == pytest.approx(max(ious), abs=1e-12)
+        chosen = ious[int(output.iou_predictions[0, 0, 1:].argmax())]
+        assert score.iou["click_1"] == pytest.approx(chosen, abs=1e-12)
+        differ += chosen < max(ious)
+    assert differ, "the two protocols must not be the same everywhere, else this shows nothing"
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_every_mask_is_evaluated_once_on_any_number_of_ranks(scenes, run_dir, num_ranks):
     config = load_config(run_dir / "config.yaml")
@@ -79,7 +113,10 @@ def test_the_command_prints_writes_and_draws(run_dir, tmp_path, capsys):
     out, picture = tmp_path / "scores.json", tmp_path / "masks.png"
     assert evaluate.main([str(run_dir), "--out", str(out), "--picture", str(picture)]) == 0
     scores = json.loads(out.read_text())
-    assert {"box", "click_1", "click_3", "click_5", "filled_box", "num_masks"} == set(scores)
+    by_prompt = {"box", "box_oracle", "click_1", "click_1_oracle", "click_3", "click_5"}
+    assert by_prompt | {"filled_box", "num_masks"} == set(scores)
+    assert scores["box_oracle"] >= scores["box"]
+    assert scores["click_1_oracle"] >= scores["click_1"]
     assert 0.3 < scores["filled_box"] < 0.8
     assert f"{scores['box']:.4f}" in capsys.readouterr().out
     assert Image.open(picture).size[0] > 600

@@ -119,6 +119,7 @@ class SamDataset(Dataset):
             problems=problems,
             num_images=0.0,
             num_masks=0.0,
+            num_mask_prompts=int(arrays["wants_mask"].sum(axis=1).max()),
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
         )
 
@@ -163,13 +164,18 @@ class SamDataset(Dataset):
         arrays["click_uniforms"][i] = draws.clicks
         arrays["gets_click"][i] = draws.gets_click
         arrays["drop_path_uniforms"][i] = draws.drop_path
-        arrays["masks"][i, : len(chosen)] = targets
+        transform = placement.transform(size, size)
+        prompts = [
+            first_prompt(mask, placement.window, transform, draws.prompts[m], config.prompts)
+            for m, mask in enumerate(chosen)
+        ]
+        # Those that want the network's own answer come first: the pass that makes it decodes the first slots only.
+        slots = sorted(range(len(chosen)), key=lambda m: prompts[m].type != PromptType.MASK)
+        arrays["masks"][i, : len(chosen)] = targets[slots]
         arrays["mask_valid"][i, : len(chosen)] = True
         arrays["image_weight"][i] = float(bool(chosen))
-        transform = placement.transform(size, size)
-        for m, mask in enumerate(chosen):
-            prompt = first_prompt(mask, placement.window, transform, draws.prompts[m], config.prompts)
-            write_prompt(arrays, i, m, prompt)
+        for m, slot in enumerate(slots):
+            write_prompt(arrays, i, m, prompts[slot])
 
 
 def write_prompt(arrays: dict[str, np.ndarray], i: int, m: int, prompt: FirstPrompt) -> None:
