@@ -202,10 +202,11 @@ def build_shard(task: ShardTask, path: Path) -> tuple[ShardReport, np.ndarray]:
                 name = entry.key if location is None or isinstance(location, bytes) else location.name
                 bad.append(BadSample(row, entry.key, name, str(error)))
                 continue
-            data, rows[row] = encode_sample(sample.record, sample.jpeg, offset)
-            file.write(data)
-            digest.update(data)
-            offset += len(data)
+            pieces, rows[row] = encode_sample(sample.record, sample.jpeg, offset)
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
+                offset += len(piece)
         file.write(TAR_END)
         digest.update(TAR_END)
     num_masks = int(rows["num_masks"].sum())
