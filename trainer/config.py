@@ -41,6 +41,7 @@ CropScale = Annotated[Range, AfterValidator(_at_most_whole)]
 
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs")  # through fsspec; the last two need s3fs or gcsfs
+PIPE, PIPE_SLOT = "pipe:", "{}"  # a command that writes a file to its output, and where in it the file's name goes
 
 
 class Section(BaseModel):
@@ -70,7 +71,7 @@ class MaeModel(Section):
 
 
 class Remote(Section):
-    """Reading shards from a URL. Directories are read in place and need none of this."""
+    """Reading shards from a URL or a command. Directories are read in place and need none of this."""
 
     cache_dir: Path | None = None  # on a disk of the node; none = shard_cache_UID under $TMPDIR
     cache_gb: Positive = 500.0  # 10^9 bytes of shards a node keeps; docs/decisions/0008 says how much a run needs
@@ -79,7 +80,7 @@ class Remote(Section):
 
 
 class SamData(Section):
-    shards: str  # a packed data set: a directory, or a URL of http, https, s3 or gs
+    shards: str  # a packed data set: a directory, a URL of http, https, s3 or gs, or `pipe:COMMAND {}`
     eval_shards: str | None = None  # a packed data set of its own; none = the hold-out of `shards`
     holdout_images: CountOrZero = 0  # left out of training by hash of the image id, about this many
     max_masks: Count = 64  # per image and step (SAM App. A)
@@ -460,7 +461,9 @@ def _set_aside(tree: Any, path: tuple[int | str, ...]) -> bool:
 
 
 def is_remote(source: str) -> bool:
-    """Whether a data set is named by a URL that can be read."""
+    """Whether a data set is named by a URL that can be read, or by a command."""
+    if source.startswith(PIPE):
+        return PIPE_SLOT in source
     scheme, separator, _ = source.partition("://")
     return bool(separator) and scheme in REMOTE_SCHEMES
 
@@ -473,7 +476,9 @@ def _missing_paths(tree: dict[str, Any]) -> list[str]:
         path = values.get(key) if isinstance(values, dict) else None
         if not isinstance(path, str) or (section == "data" and is_remote(path)):
             continue
-        if section == "data" and ("://" in path or path.startswith("pipe:")):
+        if section == "data" and path.startswith(PIPE):
+            problems.append(f"{section}.{key}: {path} lacks {PIPE_SLOT}, which stands for the name of a file")
+        elif section == "data" and "://" in path:
             problems.append(f"{section}.{key}: {path} is no directory and no URL of {', '.join(REMOTE_SCHEMES)}")
         elif not Path(path).exists():
             problems.append(f"{section}.{key}: {path} does not exist")
