@@ -156,6 +156,7 @@ class SamLoss(Section):
     multimask: Literal["best", "all", "single"] = "best"  # three masks by least loss, all three, token 0 alone
     multimask_when: Literal["always", "single_prompt"] = "always"  # doc: always (and token 0 too); SAM: one prompt
     select_by: Literal["total", "mask"] = "total"  # least loss with the IoU part (doc) or without (sam2)
+    iou_on: Literal["selected", "all"] = "selected"  # the IoU head learns on the chosen mask (SAM) or all three (sam2)
     normalize: Literal["image_mean", "mask_mean"] = "image_mean"  # doc; paper recipe: one count over the batch
 
 

@@ -149,6 +149,8 @@ class SamTask(nn.Module):
             loss, shown = total[..., SINGLE], torch.zeros_like(best)
         else:
             three = pick(total, best) if settings.multimask == "best" else total[..., MULTI].mean(dim=-1)
+            if settings.iou_on == "all" and settings.multimask == "best":
+                three = pick(mask_part, best) + settings.iou * iou_error[..., MULTI].mean(dim=-1)
             if settings.multimask_when == "always":
                 # Token 0 would stay untrained in the document's recipe; it learns from the unambiguous prompts.
                 loss, shown = three + total[..., SINGLE] * ~ambiguous, best

@@ -54,6 +54,22 @@ def test_every_strategy_trains_and_every_parameter_takes_part(scenes, tmp_path, 
     assert {"loss", "round_1/iou", "round_2/focal"} <= metrics.keys()
 
 
+@pytest.mark.parametrize("iou_on", ["selected", "all"])
+def test_the_iou_head_learns_on_the_selected_mask_or_on_all(scenes, tmp_path, iou_on):
+    """Which of the head's four outputs get a gradient, for a single prompt."""
+    only_boxes = "prompts.types={point: 0, box: 1, mask: 0, none: 0}"
+    task, data = make(scenes, tmp_path, f"loss.iou_on={iou_on}", only_boxes, "data.max_masks=1", "loss.iou=3")
+    batch = data[[0]].counted(1, 1)
+    loss, metrics = task(batch)
+    loss.backward()
+    learns = task.sam.mask_decoder.iou_prediction_head.layers[-1].bias.grad.abs() > 0
+    assert learns.tolist()[0] is False
+    assert learns.sum() == (1 if iou_on == "selected" else 3)
+    if iou_on == "selected":  # else the mean of three errors stands in its place
+        parts = 20 * metrics["focal"] + metrics["dice"] + 3 * metrics["iou_error"]
+        assert loss.item() == pytest.approx(parts.item(), rel=1e-5)  # fp32 sums in another order
+
+
 def test_the_single_token_learns_from_later_rounds_only_as_published(scenes, tmp_path):
     only_boxes = "prompts.types={point: 0, box: 1, mask: 0, none: 0}"
     published = ["loss.multimask_when=single_prompt", only_boxes]
