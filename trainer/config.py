@@ -223,7 +223,9 @@ class Log(Section):
 class Evaluate(Section):
     every_steps: Count = 5000
     num_images: Count = 64  # of the hold-out, the same first ones every time
-    clicks: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 3, 5)
+    clicks: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 3, 5, 9)  # SAM D.1
+    random_clicks: bool = False  # also clicks drawn at random, the other variant of SAM D.1
+    boundary: bool = True  # also boundary IoU and boundary F; docs/evaluation.md has the cost
 
 
 class Run(Section):

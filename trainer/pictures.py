@@ -3,6 +3,9 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
+from trainer.interactive import MaskScore
+
+PANEL_SIDE = 192  # pixels
 TRUTH, PREDICTED, POSITIVE, NEGATIVE, BOX = (60, 200, 80), (255, 140, 0), (40, 220, 60), (230, 40, 40), (60, 120, 255)
 
 
@@ -45,8 +48,52 @@ def draw_prompts(
     return np.asarray(panel)
 
 
+def answer_row(
+    image: np.ndarray, truth: np.ndarray, box: tuple[int, int, int, int], score: MaskScore, most_clicks: int
+) -> list[np.ndarray]:
+    """Truth, answer to a box (x y w h), to one click and to `most_clicks`, prompts drawn."""
+    panels = [draw_prompts(overlay(image, truth, TRUTH), PANEL_SIDE, [], None, "truth")]
+    for name in ("box", "click_1", f"click_{most_clicks}"):
+        if name in score.views:
+            masked = overlay(image, score.views[name].shown, PREDICTED)
+            panels.append(_with_prompts(masked, name, box, score, f"{name} IoU {score.iou[name]:.2f}"))
+    return panels
+
+
+def round_rows(
+    image: np.ndarray, truth: np.ndarray, box: tuple[int, int, int, int], score: MaskScore
+) -> list[list[np.ndarray]]:
+    """A row for each set of prompts: the prompts on the truth, three hypotheses with predicted IoU, answer, error."""
+    rows = []
+    for name, view in score.views.items():
+        if name.startswith("random"):
+            continue  # whose clicks are not kept
+        row = [_with_prompts(overlay(image, truth, TRUTH), name, box, score, f"{name} on the truth")]
+        for number, (mask, predicted) in enumerate(zip(view.hypotheses, view.predicted_ious, strict=True), 1):
+            caption = f"hypothesis {number}: {predicted:.2f}"
+            row.append(draw_prompts(overlay(image, mask, PREDICTED), PANEL_SIDE, [], None, caption))
+        caption = f"answer: {score.predicted_iou[name]:.2f}, true {score.iou[name]:.2f}"
+        row.append(draw_prompts(overlay(image, view.shown, PREDICTED), PANEL_SIDE, [], None, caption))
+        missed = overlay(image, truth & ~view.shown, BOX)
+        row.append(draw_prompts(overlay(missed, view.shown & ~truth, NEGATIVE), PANEL_SIDE, [], None, "missed, excess"))
+        rows.append(row)
+    return rows
+
+
+def _with_prompts(
+    image: np.ndarray, name: str, box: tuple[int, int, int, int], score: MaskScore, caption: str
+) -> np.ndarray:
+    """The prompts of protocol `name` drawn: the box, or the first n clicks of `click_n`."""
+    if name == "box":
+        x, y, width, height = box
+        return draw_prompts(image, PANEL_SIDE, [], (x, y, x + width, y + height), caption)
+    return draw_prompts(image, PANEL_SIDE, score.clicks[: int(name.removeprefix("click_"))], None, caption)
+
+
 def grid(rows: list[list[np.ndarray]], gap: int = 4) -> np.ndarray:
     """Panels of equal size, row by row, on white."""
+    if not rows:
+        return np.full((1, 1, 3), 255, np.uint8)
     height, width = rows[0][0].shape[:2]
     num_columns = max(len(row) for row in rows)
     sheet = np.full((len(rows) * (height + gap) - gap, num_columns * (width + gap) - gap, 3), 255, np.uint8)

@@ -103,7 +103,7 @@ def run_phase(
     if config.log.sample_keys:
         sample_log = (config.run_dir / f"samples_rank{world.rank}.jsonl").open("a")
     try:
-        evaluate = build_evaluation(config, pipeline, world, logger)
+        evaluate = build_evaluation(config, pipeline, world, logger, guard)
         stopped = train(engine, batches, plan, world, checkpointer, logger, guard, evaluate, sample_log)
     finally:
         batches.close()
@@ -153,12 +153,14 @@ def num_micro_batches(config: Config, world: World) -> int:
     return -(-per_rank // config.batch.micro)
 
 
-def build_evaluation(config: Config, pipeline: Pipeline, world: World, logger: Logger):
+def build_evaluation(config: Config, pipeline: Pipeline, world: World, logger: Logger, guard: Guard):
     """What the loop calls at evaluation steps: mIoU and masks for SAM, a reconstruction for MAE."""
     if isinstance(config, SamConfig):
         reader, rows = evaluation_rows(config)
         rows = rows[: config.evaluate.num_images]
-        return lambda engine, step: evaluate_and_log(engine, reader, rows, config, world, logger, step)
+        return lambda engine, step: evaluate_and_log(
+            engine, reader, rows, config, world, logger, step, lambda: guard.stop_requested
+        )
     return lambda engine, step: log_reconstruction(engine, pipeline.dataset, world, logger, step)
 
 
