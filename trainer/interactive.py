@@ -23,7 +23,7 @@ from data_tools import rle
 from model.prompt_encoder import Prompts
 from model.sam import Sam, SamOutput
 from trainer.prompts import NO_POINT
-from trainer.scores import bitmap_iou, boundary_f, boundary_iou, filled_box_iou
+from trainer.scores import boundary_f, boundary_iou, filled_box_iou
 
 MATCHED = ("box", "click_1")  # answers that are kept as runs, for AP
 Click = tuple[float, float, int]  # x, y in original pixels, label
@@ -139,7 +139,9 @@ class _Session:
     ) -> MaskScore:
         truth = self.truths[m]
         bitmaps = {name: answer.bitmaps[m] for name, answer in answers.items()}
-        iou = {name: bitmap_iou(bitmap, truth) for name, bitmap in bitmaps.items()}
+        # 2.4 ms for the runs of a bitmap of SA-1B's size and 0.01 ms to compare them, against 4.1 ms for two bitmaps.
+        runs = {name: rle.from_bitmap(bitmap) for name, bitmap in bitmaps.items()}
+        iou = {name: rle.iou(found, self.runs[m]) for name, found in runs.items()}
         iou |= {name: values[m] for name, values in oracle.items()}
         measured = bitmaps if self.batch.boundary else {}
         return MaskScore(
@@ -151,7 +153,7 @@ class _Session:
             {name: boundary_iou(bitmap, truth) for name, bitmap in measured.items()},
             {name: boundary_f(bitmap, truth) for name, bitmap in measured.items()},
             clicks,
-            {name: rle.from_bitmap(bitmaps[name]) for name in MATCHED if name in bitmaps},
+            {name: runs[name] for name in MATCHED if name in runs},
             {name: self.view(answer, m) for name, answer in answers.items()} if self.batch.keep_masks else {},
         )
 
@@ -164,7 +166,7 @@ class _Session:
         best = [0.0] * len(self.truths)
         for k in range(1, output.low_res_logits.shape[2]):
             masks = self.bitmaps(output.low_res_logits[:, :, k].float())
-            best = [max(best[m], bitmap_iou(masks[m], truth)) for m, truth in enumerate(self.truths)]
+            best = [max(best[m], rle.iou(rle.from_bitmap(masks[m]), truth)) for m, truth in enumerate(self.runs)]
         return best
 
     def answer_to_boxes(self) -> _Answers:

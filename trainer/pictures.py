@@ -19,6 +19,31 @@ def overlay(image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) ->
     return out.astype(np.uint8)
 
 
+def overlay_many(image: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
+    """All masks (Y, X) bool in colours of their own, large ones below small ones."""
+    out = image
+    for number, mask in enumerate(sorted(masks, key=np.count_nonzero, reverse=True)):
+        hue = int(number * 0.618034 % 1 * 255)  # the golden section keeps neighbours in the list apart
+        color = Image.new("HSV", (1, 1), (hue, 200, 255)).convert("RGB").getpixel((0, 0))
+        out = overlay(out, mask, color)  # type: ignore[arg-type]
+    return out
+
+
+def draw_full_size(
+    image: np.ndarray, clicks: list[tuple[float, float, int]], box: tuple[float, float, float, float] | None
+) -> np.ndarray:
+    """Clicks and box on an image of its own size."""
+    picture = Image.fromarray(image)
+    pen = ImageDraw.Draw(picture)
+    reach = max(3, max(image.shape[:2]) // 150)
+    if box is not None:
+        pen.rectangle(box, outline=BOX, width=max(1, reach // 2))
+    for x, y, label in clicks:
+        color = POSITIVE if label else NEGATIVE
+        pen.ellipse([x - reach, y - reach, x + reach, y + reach], fill=color, outline="white")
+    return np.asarray(picture)
+
+
 def enlarge(image: np.ndarray, side: int) -> tuple[Image.Image, float]:
     """The image with its long side brought to `side` pixels, and the factor."""
     factor = side / max(image.shape[:2])
