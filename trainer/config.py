@@ -220,6 +220,16 @@ class Log(Section):
     sample_keys: bool = False  # also write every step's keys and draws, one file a rank, to compare runs
 
 
+class Profile(Section):
+    steps: tuple[Count, Count] | None = None  # record these, first to last, counted from 1: RUN/profile/
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Profile":
+        if self.steps and self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps: the first, {self.steps[0]}, lies after the last, {self.steps[1]}")
+        return self
+
+
 class Evaluate(Section):
     every_steps: Count = 5000
     num_images: Count = 64  # of the hold-out, the same first ones every time
@@ -240,6 +250,7 @@ class Run(Section):
     engine: Engine = Engine()
     checkpoint: Checkpoint
     log: Log = Log()
+    profile: Profile = Profile()
 
 
 class MaeConfig(Run):

@@ -77,14 +77,19 @@ def build_sam_task(config: SamConfig, frozen: tuple[str, ...], initial_weights: 
         drop_path_rate=model.drop_path,
         decoder_dropout=model.decoder_dropout,
     )
+    weight_report = ""
     if initial_weights and model.init_from is not None:
         weights = read_weights(model.init_from)
         if any(name.startswith("decoder_blocks.") or name == "cls_token" for name in weights):
             report = mae_to_sam(weights, sam, patch_resize=model.patch_resize)
-            print(report.summary(), flush=True)
+            weight_report = report.summary()
+            print(weight_report, flush=True)
         else:
             sam.load_state_dict(weights, strict=True)
-    return SamTask(sam, config, frozen)
+            weight_report = f"all {len(weights)} tensors of a SAM from {model.init_from}"
+    task = SamTask(sam, config, frozen)
+    task.weight_report = weight_report
+    return task
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
