@@ -19,6 +19,23 @@ def overlay(image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) ->
     return out.astype(np.uint8)
 
 
+def sample_row(
+    image: np.ndarray,
+    masks: list[np.ndarray],
+    clicks: list[list[tuple[float, float, int]]],
+    boxes: list[list[float] | None],
+) -> np.ndarray:
+    """A training sample: the input (Y, X, 3), then each target (s, s) bool over it with its prompts in input pixels."""
+    panels = [draw_prompts(image, PANEL_SIDE, [], None, "input")]
+    for mask, points, box in zip(masks, clicks, boxes, strict=True):
+        size = Image.fromarray(mask).resize(image.shape[1::-1], Image.Resampling.NEAREST)
+        drawn = [click for click in points if click[2] >= 0]
+        caption = "box" if box else f"{len(drawn)} points" if drawn else "no prompt"
+        corners = (box[0], box[1], box[2], box[3]) if box else None
+        panels.append(draw_prompts(overlay(image, np.asarray(size), TRUTH), PANEL_SIDE, drawn, corners, caption))
+    return grid([panels])
+
+
 def overlay_many(image: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
     """All masks (Y, X) bool in colours of their own, large ones below small ones."""
     out = image
