@@ -240,10 +240,22 @@ class Log(Section):
     sample_keys: bool = False  # also write every step's keys and draws, one file a rank, to compare runs
 
 
+class Profile(Section):
+    steps: tuple[Count, Count] | None = None  # record these, first to last, counted from 1: RUN/profile/
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Profile":
+        if self.steps and self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps: the first, {self.steps[0]}, lies after the last, {self.steps[1]}")
+        return self
+
+
 class Evaluate(Section):
     every_steps: Count = 5000
     num_images: Count = 64  # of the hold-out, the same first ones every time
-    clicks: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 3, 5)
+    clicks: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 3, 5, 9)  # SAM D.1
+    random_clicks: bool = False  # also clicks drawn at random, the other variant of SAM D.1
+    boundary: bool = True  # also boundary IoU and boundary F; docs/evaluation.md has the cost
 
 
 class Run(Section):
@@ -258,6 +270,7 @@ class Run(Section):
     engine: Engine = Engine()
     checkpoint: Checkpoint
     log: Log = Log()
+    profile: Profile = Profile()
 
 
 class MaeConfig(Run):

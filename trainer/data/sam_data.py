@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from data_tools import rle
 from data_tools.sample_format import Record
 from trainer.config import SamConfig
-from trainer.data.batches import SamBatch
+from trainer.data.batches import SamBatch, StageClock
 from trainer.data.images import SampleError, decode_jpeg, needed_size, resize_window
 from trainer.data.order import MASK_ORDER, SAMPLE_DRAWS, DataOrder, keyed_rng
 from trainer.data.shards import ShardReader
@@ -97,7 +97,9 @@ class SamDataset(Dataset):
         self.reader, self.order, self.config, self.num_blocks = reader, order, config, num_blocks
 
     def __getitem__(self, positions: Sequence[int]) -> SamBatch:
-        arrays = self._empty(len(positions))
+        clock = StageClock()
+        with clock.stage("collate"):
+            arrays = self._empty(len(positions))
         keys, problems = [""] * len(positions), []
         for i, position in enumerate(positions):
             if position < 0:
@@ -107,10 +109,11 @@ class SamDataset(Dataset):
             row = self.order.row(position)
             keys[i] = self.reader.name_of(row)
             try:
-                raw = self.reader.read(row)
+                with clock.stage("read"):
+                    raw = self.reader.read(row)
                 keys[i] = raw.record.key
                 mask_order = keyed_rng(self.config.seed, MASK_ORDER, position).permutation(len(raw.record.annotations))
-                self._fill(arrays, i, raw.record, raw.jpeg, mask_order, draws)
+                self._fill(arrays, i, raw.record, raw.jpeg, mask_order, draws, clock)
             except SampleError as error:
                 problems.append(f"{keys[i]}: {error}")
         return SamBatch(
@@ -120,6 +123,7 @@ class SamDataset(Dataset):
             num_images=0.0,
             num_masks=0.0,
             num_mask_prompts=int(arrays["wants_mask"].sum(axis=1).max()),
+            stage_seconds=clock.seconds,
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
         )
 
@@ -146,7 +150,14 @@ class SamDataset(Dataset):
         }
 
     def _fill(
-        self, arrays: dict[str, np.ndarray], i: int, record: Record, jpeg: bytes, mask_order: np.ndarray, draws: Draws
+        self,
+        arrays: dict[str, np.ndarray],
+        i: int,
+        record: Record,
+        jpeg: bytes,
+        mask_order: np.ndarray,
+        draws: Draws,
+        clock: StageClock,
     ) -> None:
         """Decode sample `i` of the batch into the arrays."""
         config = self.config
@@ -155,27 +166,42 @@ class SamDataset(Dataset):
         scale = low + draws.scale * (high - low)
         flip = draws.flip < config.data.horizontal_flip
         placement = place(record.height, record.width, size, scale, draws.shift, flip)
-        image = decode_placed(jpeg, record.height, record.width, placement)
-        chosen, targets = choose_masks(record, placement, mask_order, config)
+        with clock.stage("jpeg"):
+            image = decode_placed(jpeg, record.height, record.width, placement)
+        with clock.stage("masks"):
+            chosen, targets = choose_masks(record, placement, mask_order, config)
+        with clock.stage("prompts"):
+            transform = placement.transform(size, size)
+            prompts = [
+                first_prompt(mask, placement.window, transform, draws.prompts[m], config.prompts)
+                for m, mask in enumerate(chosen)
+            ]
+        # Those that want the network's own answer come first: the pass that makes it decodes the first slots only.
+        slots = sorted(range(len(chosen)), key=lambda m: prompts[m].type != PromptType.MASK)
+        with clock.stage("collate"):
+            self._collate(arrays, i, image, placement, targets[slots], draws)
+            for m, slot in enumerate(slots):
+                write_prompt(arrays, i, m, prompts[slot])
 
+    def _collate(
+        self,
+        arrays: dict[str, np.ndarray],
+        i: int,
+        image: np.ndarray,
+        placement: Placement,
+        targets: np.ndarray,
+        draws: Draws,
+    ) -> None:
+        """Copy what was made for sample `i` into the batch."""
         arrays["images"][i, :, : placement.height, : placement.width] = image.transpose(2, 0, 1)
         arrays["image_sizes"][i] = placement.height, placement.width
-        arrays["color_factors"][i] = 1.0 + config.data.color_jitter * (2.0 * draws.color - 1.0)
+        arrays["color_factors"][i] = 1.0 + self.config.data.color_jitter * (2.0 * draws.color - 1.0)
         arrays["click_uniforms"][i] = draws.clicks
         arrays["gets_click"][i] = draws.gets_click
         arrays["drop_path_uniforms"][i] = draws.drop_path
-        transform = placement.transform(size, size)
-        prompts = [
-            first_prompt(mask, placement.window, transform, draws.prompts[m], config.prompts)
-            for m, mask in enumerate(chosen)
-        ]
-        # Those that want the network's own answer come first: the pass that makes it decodes the first slots only.
-        slots = sorted(range(len(chosen)), key=lambda m: prompts[m].type != PromptType.MASK)
-        arrays["masks"][i, : len(chosen)] = targets[slots]
-        arrays["mask_valid"][i, : len(chosen)] = True
-        arrays["image_weight"][i] = float(bool(chosen))
-        for m, slot in enumerate(slots):
-            write_prompt(arrays, i, m, prompts[slot])
+        arrays["masks"][i, : len(targets)] = targets
+        arrays["mask_valid"][i, : len(targets)] = True
+        arrays["image_weight"][i] = float(len(targets) > 0)
 
 
 def write_prompt(arrays: dict[str, np.ndarray], i: int, m: int, prompt: FirstPrompt) -> None:
