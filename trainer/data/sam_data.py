@@ -22,8 +22,6 @@ from trainer.data.order import MASK_ORDER, SAMPLE_DRAWS, DataOrder, keyed_rng
 from trainer.data.shards import ShardReader
 from trainer.prompts import FirstPrompt, PromptType, first_prompt, later_rounds_with_click, num_draws
 
-MASKS_AT_ONCE = 4  # whose float coverage exists at a time: 1 MB at 256 pixels stays in the cache, 16 MB do not
-
 
 @dataclass(frozen=True)
 class Placement:
@@ -179,7 +177,7 @@ class SamDataset(Dataset):
         # Those that want the network's own answer come first: the pass that makes it decodes the first slots only.
         slots = sorted(range(len(chosen)), key=lambda m: prompts[m].type != PromptType.MASK)
         with clock.stage("collate"):
-            self._collate(arrays, i, image, placement, targets[slots], draws)
+            self._collate(arrays, i, image, placement, targets, slots, draws)
             for m, slot in enumerate(slots):
                 write_prompt(arrays, i, m, prompts[slot])
 
@@ -190,6 +188,7 @@ class SamDataset(Dataset):
         image: np.ndarray,
         placement: Placement,
         targets: np.ndarray,
+        slots: list[int],
         draws: Draws,
     ) -> None:
         """Copy what was made for sample `i` into the batch."""
@@ -199,9 +198,10 @@ class SamDataset(Dataset):
         arrays["click_uniforms"][i] = draws.clicks
         arrays["gets_click"][i] = draws.gets_click
         arrays["drop_path_uniforms"][i] = draws.drop_path
-        arrays["masks"][i, : len(targets)] = targets
-        arrays["mask_valid"][i, : len(targets)] = True
-        arrays["image_weight"][i] = float(len(targets) > 0)
+        num = len(slots)
+        np.take(targets, slots, axis=0, out=arrays["masks"][i, :num], mode="clip")  # mode raise would copy once more
+        arrays["mask_valid"][i, :num] = True
+        arrays["image_weight"][i] = float(num > 0)
 
 
 def write_prompt(arrays: dict[str, np.ndarray], i: int, m: int, prompt: FirstPrompt) -> None:
@@ -242,7 +242,7 @@ def choose_masks(
     candidates = list(mask_order)
     max_area = (config.data.max_mask_area or 1.0) * record.height * record.width
     chosen: list[rle.Runs] = []
-    targets = np.empty((max_masks, size, size), bool)
+    targets = [np.empty((0, size, size), np.uint8)]
     while candidates and len(chosen) < max_masks:
         wanted = max_masks - len(chosen)
         batch = []
@@ -260,11 +260,8 @@ def choose_masks(
         del candidates[:wanted]
         if not batch:
             continue
-        for start in range(0, len(batch), MASKS_AT_ONCE):
-            part = batch[start : start + MASKS_AT_ONCE]
-            bitmaps = rle.coverage(part, size, size, transform) >= 0.5
-            for mask, bitmap in zip(part, bitmaps, strict=True):
-                if bitmap.any():
-                    targets[len(chosen)] = bitmap
-                    chosen.append(mask)
-    return chosen, targets[: len(chosen)].view(np.uint8)
+        bitmaps, areas = rle.covered(batch, size, size, transform)
+        shown = np.flatnonzero(areas)
+        chosen += [batch[number] for number in shown]
+        targets.append(bitmaps if len(shown) == len(batch) else bitmaps[shown])
+    return chosen, targets[-1] if len(targets) == 2 else np.concatenate(targets)
