@@ -1,7 +1,7 @@
 """Does it learn, and which recipe more? The same small network, the same steps, both recipes, several seeds.
 
     python -m bench.recipes --out recipes_synthetic                                  # synthetic scenes
-    python -m bench.recipes --out recipes_coco --data FOLDER                         # sa_N.jpg + sa_N.json, a fifth held out
+    python -m bench.recipes --out recipes_coco --data FOLDER                         # SA-1B layout, a fifth held out
     python -m bench.recipes --out smoke --steps 4 --seeds 0 --images 12              # a look at whether it runs
 
 For every seed one MAE run, then stage 2 from its encoder once a recipe:
@@ -10,7 +10,7 @@ For every seed one MAE run, then stage 2 from its encoder once a recipe:
   cosine; augmentation.
 * `published`: 11 rounds, a point or a noisy box; steps at 2/3 and 0.963 of the length; layer decay 0.8, drop path 0.4,
   decoder dropout 0.1; no augmentation.
-* `document_11_rounds` (on request): the document's, with the published rounds, prompts and tokens, to tell what they do.
+* `document_11_rounds` (on request): the document's with the published rounds, prompts and tokens.
 
 The rate, the batch, the number of steps and the data are the same. Scores are mIoU on held-out images at the original
 resolution (trainer/interactive.py). Start it again to go on. Results: OUT/results.json and OUT/table.md, mean and

@@ -57,9 +57,7 @@ def sam_batch(config: SamConfig, world: World) -> SamBatch:
     labels[..., 0] = torch.where(has_box & ~wants_mask, -1, 1)
     coords = torch.zeros(*labels.shape, 2)
     coords[..., 0, :] = centres * size
-    no_click = [
-        ~torch.from_numpy(later_rounds_with_click(config.prompts, np.random.default_rng(i))) for i in range(num_images)
-    ]
+    clicks = [later_rounds_with_click(config.prompts, np.random.default_rng(i)) for i in range(num_images)]
     return SamBatch(
         positions=torch.arange(num_images),
         image_weight=torch.ones(num_images),
