@@ -27,7 +27,7 @@ from data_tools import rle
 from data_tools.pool import run_in_pool
 
 JPEG_QUALITY = 95
-MIN_AREA_SHARE = 0.02  # of the image: smaller visible masks are not annotated
+MIN_AREA_SHARE = 0.04  # of the image: smaller visible masks are not annotated; 2.6 patches of the tiny models
 MIN_CONTRAST = 0.45  # distance of an object's colour from what it lies on; the RGB cube has side 1
 
 

@@ -82,6 +82,7 @@ class Remote(Section):
 class SamData(Section):
     shards: str  # a packed data set: a directory, a URL of http, https, s3 or gs, or `pipe:COMMAND {}`
     eval_shards: str | None = None  # a packed data set of its own; none = the hold-out of `shards`
+    embeddings: Path | None = None  # of a frozen encoder, made by trainer.embed; read instead of images
     holdout_images: CountOrZero = 0  # left out of training by hash of the image id, about this many
     max_masks: Count = 64  # per image and step (SAM App. A)
     max_mask_area: Probability | None = None  # leave out masks over this share of the image (SAM 0.9; doc none)
@@ -133,6 +134,7 @@ class Prompts(Section):
     random_background: bool = True  # of n points 1..n are foreground, the rest background (doc); else all foreground
     box_noise: NonNegative = 0.0  # largest shift as a share of the side, at most `box_noise_pixels` (SAM 0.1; doc none)
     box_noise_pixels: NonNegative = 20.0  # input pixels
+    box_noise_kind: Literal["uniform", "normal"] = "uniform"  # as sam2 has it, or a normal deviation cut at the limit
     rounds: Count = 1  # doc 1; SAM 11
     rounds_without_click: CountOrZero = 0  # of the later rounds: the last, and others at random (SAM 2)
 
@@ -152,10 +154,13 @@ class SamLoss(Section):
     focal_alpha: Probability = 0.25
     focal_gamma: NonNegative = 2.0
     dice_smooth: NonNegative = 1.0
-    resolution: Count = 256  # pixels a side of the target; the logits are resampled to it
+    resolution: Count = 256  # pixels a side of the target; the logits are resampled to it (sam2 1024; SAM, doc silent)
+    sampled_points: Count | None = None  # focal and dice on this many points a mask, not all pixels (sam3 12544)
     multimask: Literal["best", "all", "single"] = "best"  # three masks by least loss, all three, token 0 alone
     multimask_when: Literal["always", "single_prompt"] = "always"  # doc: always (and token 0 too); SAM: one prompt
+    box_is_single_prompt: bool = True  # SAM's text: a box alone is one prompt; sam2's code counts its two corners
     select_by: Literal["total", "mask"] = "total"  # least loss with the IoU part (doc) or without (sam2)
+    iou_on: Literal["selected", "all"] = "selected"  # the IoU head learns on the chosen mask (SAM) or all three (sam2)
     normalize: Literal["image_mean", "mask_mean"] = "image_mean"  # doc; paper recipe: one count over the batch
 
 
@@ -168,6 +173,7 @@ class Optim(Section):
     decay_bias_and_norm: bool = True  # MAE: false; doc silent
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # of the encoder (SAM 0.8; doc none)
     grad_clip: Positive | None = None  # global norm; neither recipe clips
+    ema_decay: BelowOne | None = None  # average the weights, 0.9999 say; evaluation and export then use the average
 
 
 class Schedule(Section):
@@ -239,10 +245,22 @@ class Log(Section):
     sample_keys: bool = False  # also write every step's keys and draws, one file a rank, to compare runs
 
 
+class Profile(Section):
+    steps: tuple[Count, Count] | None = None  # record these, first to last, counted from 1: RUN/profile/
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Profile":
+        if self.steps and self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps: the first, {self.steps[0]}, lies after the last, {self.steps[1]}")
+        return self
+
+
 class Evaluate(Section):
     every_steps: Count = 5000
     num_images: Count = 64  # of the hold-out, the same first ones every time
-    clicks: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 3, 5)
+    clicks: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 3, 5, 9)  # SAM D.1
+    random_clicks: bool = False  # also clicks drawn at random, the other variant of SAM D.1
+    boundary: bool = True  # also boundary IoU and boundary F; docs/evaluation.md has the cost
 
 
 class Run(Section):
@@ -257,6 +275,7 @@ class Run(Section):
     engine: Engine = Engine()
     checkpoint: Checkpoint
     log: Log = Log()
+    profile: Profile = Profile()
 
 
 class MaeConfig(Run):
@@ -295,6 +314,12 @@ class SamConfig(Run):
             problems.append("loss.focal and loss.dice are both 0: the masks would learn nothing")
         if self.data.holdout_images == 0 and self.data.eval_shards is None:
             problems.append("data.eval_shards or data.holdout_images must give evaluation something to read")
+        if self.data.embeddings is not None:
+            if any("image_encoder" not in phase.frozen for phase in self.phases):
+                problems.append("data.embeddings needs the image encoder frozen in every phase, or set it to null")
+            data = self.data
+            if data.scale_jitter or data.horizontal_flip or data.color_jitter:
+                problems.append("data.embeddings are of unchanged images: no scale_jitter, flip or color_jitter")
         for before, phase in zip((None, *self.phases), self.phases, strict=False):
             if len(set(phase.frozen)) == 3:
                 problems.append(f"phase {phase.name} freezes everything")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-TRAIN_IMAGES, EVAL_IMAGES = 4000, 80
+TRAIN_IMAGES, EVAL_IMAGES = 4000, 100
 EVAL_SEED_OFFSET = 1000  # scenes of seeds that training never sees
 MIN_OVER_FILLED_BOX, MIN_OVER_ONE_CLICK = 0.10, 0.03  # what "it learns" means
 CLICKS = (1, 3, 5)
