@@ -46,6 +46,12 @@ INPUT, TARGET, MAX_MASKS = 1024, 256, 64  # pixels, pixels, masks an image
 CROP, MAE_BATCH = 224, 32  # pixels, images
 PACK_COPIES, PACK_SHARD = 24, 24  # of the genuine files, samples a shard: enough shards for two workers
 VERSIONS = ("numpy", "pillow", "simplejpeg", "numba", "torch", "torchvision", "pycocotools", "webdataset")
+PACKERS = (  # name, workers, --jpeg-check
+    ("peer, no checks", 0, ""),
+    ("1 worker", 1, "decode"),
+    ("1 worker, JPEGs by header", 1, "header"),
+    ("2 workers", 2, "decode"),
+)
 PARTS = ("sam", "mae", "pack", "memory", "open")
 OPEN_SHARDS, OPEN_SAMPLES = 1000, 11_185_000  # as SA-1B
 
@@ -332,14 +338,14 @@ def bench_pack(options: argparse.Namespace, scratch: Path) -> list[Row]:
     os.sched_setaffinity(0, options.cores)
     times: dict[str, list[tuple[float, float]]] = {}
     for repeat in range(min(options.repeats, 3)):
-        for name, workers in (("peer, no checks", 0), ("1 worker", 1), ("2 workers", 2)):
-            target = scratch / f"packed_{workers}_{repeat}"
+        for name, workers, check in PACKERS:
+            target = scratch / f"packed_{workers}_{check}_{repeat}"
             start, start_cpu = time.perf_counter(), sum(os.times()[:4])
             if workers == 0:
                 peer_pack(source, target)
             else:
                 pack_quietly("sa1b", str(source), "--out", str(target), "--shard-size", str(PACK_SHARD),
-                             "--workers", str(workers))  # fmt: skip
+                             "--workers", str(workers), "--jpeg-check", check)  # fmt: skip
             # The first four: user and system time of this process and of those it waited for.
             times.setdefault(name, []).append((sum(os.times()[:4]) - start_cpu, time.perf_counter() - start))
             subprocess.run(["rm", "-r", str(target)], check=True)
@@ -349,7 +355,7 @@ def bench_pack(options: argparse.Namespace, scratch: Path) -> list[Row]:
         for name, (cpu, wall) in middle.items()
     ]
     peer = middle["peer, no checks"]
-    for name in ("1 worker", "2 workers"):
+    for name, *_ in PACKERS[1:]:
         by_cpu, by_wall = peer / middle[name]
         rows.append({"what": f"pack: {name} / peer", "by_cpu": by_cpu, "by_wall": by_wall})
     return rows

@@ -74,6 +74,7 @@ def test_the_small_grey_decode_finds_what_a_full_decode_finds(progressive):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)).resize((320, 240))
     image.save(buffer, "JPEG", quality=90, progressive=progressive)
     whole = buffer.getvalue()
+    assert check_jpeg(whole, decode=False) == check_jpeg(whole) == (240, 320)
     rng, found, agreed = np.random.default_rng(1), 0, 0
     for number in range(150):
         data, place = bytearray(whole), int(rng.integers(2, len(whole) - 2))
@@ -94,6 +95,9 @@ def test_the_small_grey_decode_finds_what_a_full_decode_finds(progressive):
         except ValueError:
             passes = False
         assert passes <= is_sound, f"damage {number} at byte {place} passes the check and does not decode"
+        if number % 3 == 0:
+            with pytest.raises(ValueError, match="JPEG"):
+                check_jpeg(bytes(data), decode=False)  # header and end alone: every cut, and no more is claimed
         found, agreed = found + (not is_sound), agreed + (passes == is_sound)
     assert found > 60
     assert agreed > 140  # the check may refuse a little more
