@@ -2,6 +2,7 @@
 
     python -m bench.step launch/configs/sam_vith.yaml launch/configs/sam_vith_paper.yaml --out steps.json
     python -m bench.step launch/configs/sam_vith_paper.yaml --compile loss.resolution=256
+    python -m bench.step launch/configs/sam_finetune.yaml data.embeddings=null               # the encoder runs, frozen
     python -m bench.step launch/configs/sam_tiny.yaml --steps 2 model.image_size=64          # also on a CPU
 
 Data: random pixels, ellipses as masks, prompts from them; made once, so the loader plays no part. One process, the
@@ -57,6 +58,9 @@ def sam_batch(config: SamConfig, world: World) -> SamBatch:
     labels[..., 0] = torch.where(has_box & ~wants_mask, -1, 1)
     coords = torch.zeros(*labels.shape, 2)
     coords[..., 0, :] = centres * size
+    side = size // 16
+    channels = SIZES[config.model.size].prompt_dim
+    embedding = (num_images, 0, 0, 0) if config.data.embeddings is None else (num_images, channels, side, side)
     clicks = [later_rounds_with_click(config.prompts, np.random.default_rng(i)) for i in range(num_images)]
     return SamBatch(
         positions=torch.arange(num_images),
@@ -79,7 +83,7 @@ def sam_batch(config: SamConfig, world: World) -> SamBatch:
         click_uniforms=torch.rand(num_images, num_masks, rounds - 1, generator=generator),
         gets_click=torch.from_numpy(np.stack(clicks)),
         drop_path_uniforms=torch.rand(num_images, encoder_depth(config), 2, generator=generator),
-        image_embeddings=torch.zeros(num_images, 0, 0, 0, dtype=torch.float16),
+        image_embeddings=torch.randn(embedding, generator=generator).half(),
     ).to(world.device)
 
 
@@ -106,7 +110,8 @@ def useful_flops(config: Config, frozen: tuple[str, ...]) -> float | None:
     if isinstance(config, SamConfig):
         if config.model.image_size != 1024:
             return None
-        encoder = SAM_ENCODER_FLOPS[config.model.size] * (1 if "image_encoder" in frozen else 3)
+        passes = 0 if config.data.embeddings is not None else 1 if "image_encoder" in frozen else 3
+        encoder = passes * SAM_ENCODER_FLOPS[config.model.size]
         rounds = 3 * SAM_ROUND_FLOPS * config.data.max_masks * config.prompts.rounds
         return config.batch.micro * (encoder + rounds)
     return config.batch.micro * 3 * mae_forward_flops(config)
@@ -128,17 +133,18 @@ def mae_forward_flops(config: MaeConfig) -> float:
 
 
 def seconds(action: Callable[[], object], device: torch.device, repeats: int, warm_up: int) -> float:
-    """Median wall time with the device idle before and after."""
+    """Median time: on a GPU by the clock, on a CPU the process's own, so that a busy machine matters less."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     times = []
     for number in range(warm_up + repeats):
         if device.type == "cuda":
             torch.cuda.synchronize()
-        started = time.perf_counter()
+        started = clock()
         action()
         if device.type == "cuda":
             torch.cuda.synchronize()
         if number >= warm_up:
-            times.append(time.perf_counter() - started)
+            times.append(clock() - started)
     return statistics.median(times)
 
 

@@ -30,7 +30,7 @@ def mine(tmp_path_factory) -> Path:
         (folder / "images" / name).write_bytes(jpeg_bytes(number))
         tree["images"].append({"id": number, "file_name": name, "height": HEIGHT, "width": WIDTH})
         for k in range(2):
-            x, y = rng.integers(0, 20, 2) + [30 * k, 0]
+            x, y = 30 * k + rng.integers(0, 12), rng.integers(0, 20)
             polygon = [x, y, x + 20, y, x + 20, y + 18, x, y + 18]
             tree["annotations"].append(
                 {
