@@ -41,6 +41,7 @@ CropScale = Annotated[Range, AfterValidator(_at_most_whole)]
 
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs")  # through fsspec; the last two need s3fs or gcsfs
+PIPE, PIPE_SLOT = "pipe:", "{}"  # a command that writes a file to its output, and where in it the file's name goes
 
 
 class Section(BaseModel):
@@ -70,7 +71,7 @@ class MaeModel(Section):
 
 
 class Remote(Section):
-    """Reading shards from a URL. Directories are read in place and need none of this."""
+    """Reading shards from a URL or a command. Directories are read in place and need none of this."""
 
     cache_dir: Path | None = None  # on a disk of the node; none = shard_cache_UID under $TMPDIR
     cache_gb: Positive = 500.0  # 10^9 bytes of shards a node keeps; docs/decisions/0008 says how much a run needs
@@ -79,7 +80,7 @@ class Remote(Section):
 
 
 class SamData(Section):
-    shards: str  # a packed data set: a directory, or a URL of http, https, s3 or gs
+    shards: str  # a packed data set: a directory, a URL of http, https, s3 or gs, or `pipe:COMMAND {}`
     eval_shards: str | None = None  # a packed data set of its own; none = the hold-out of `shards`
     embeddings: Path | None = None  # of a frozen encoder, made by trainer.embed; read instead of images
     holdout_images: CountOrZero = 0  # left out of training by hash of the image id, about this many
@@ -244,10 +245,22 @@ class Log(Section):
     sample_keys: bool = False  # also write every step's keys and draws, one file a rank, to compare runs
 
 
+class Profile(Section):
+    steps: tuple[Count, Count] | None = None  # record these, first to last, counted from 1: RUN/profile/
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Profile":
+        if self.steps and self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps: the first, {self.steps[0]}, lies after the last, {self.steps[1]}")
+        return self
+
+
 class Evaluate(Section):
     every_steps: Count = 5000
     num_images: Count = 64  # of the hold-out, the same first ones every time
-    clicks: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 3, 5)
+    clicks: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 3, 5, 9)  # SAM D.1
+    random_clicks: bool = False  # also clicks drawn at random, the other variant of SAM D.1
+    boundary: bool = True  # also boundary IoU and boundary F; docs/evaluation.md has the cost
 
 
 class Run(Section):
@@ -262,6 +275,7 @@ class Run(Section):
     engine: Engine = Engine()
     checkpoint: Checkpoint
     log: Log = Log()
+    profile: Profile = Profile()
 
 
 class MaeConfig(Run):
@@ -472,7 +486,9 @@ def _set_aside(tree: Any, path: tuple[int | str, ...]) -> bool:
 
 
 def is_remote(source: str) -> bool:
-    """Whether a data set is named by a URL that can be read."""
+    """Whether a data set is named by a URL that can be read, or by a command."""
+    if source.startswith(PIPE):
+        return PIPE_SLOT in source
     scheme, separator, _ = source.partition("://")
     return bool(separator) and scheme in REMOTE_SCHEMES
 
@@ -485,7 +501,9 @@ def _missing_paths(tree: dict[str, Any]) -> list[str]:
         path = values.get(key) if isinstance(values, dict) else None
         if not isinstance(path, str) or (section == "data" and is_remote(path)):
             continue
-        if section == "data" and ("://" in path or path.startswith("pipe:")):
+        if section == "data" and path.startswith(PIPE):
+            problems.append(f"{section}.{key}: {path} lacks {PIPE_SLOT}, which stands for the name of a file")
+        elif section == "data" and "://" in path:
             problems.append(f"{section}.{key}: {path} is no directory and no URL of {', '.join(REMOTE_SCHEMES)}")
         elif not Path(path).exists():
             problems.append(f"{section}.{key}: {path} does not exist")

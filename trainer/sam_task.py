@@ -46,6 +46,8 @@ class Scores:
 class SamTask(nn.Module):
     """`forward(batch) -> (loss, metrics)`; in evaluation `forward(EvalBatch) -> EvalScores`."""
 
+    weight_report: str = ""  # what came from where, for the log; empty for random weights
+
     def __init__(self, sam: Sam, config: SamConfig, frozen: tuple[str, ...]) -> None:
         super().__init__()
         self.sam, self.config, self.frozen = sam, config, frozen

@@ -1,5 +1,6 @@
 """What differs between the two stages: a task module and a data pipeline. Everything else is shared."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,16 +84,21 @@ def build_sam_task(
         drop_path_rate=model.drop_path,
         decoder_dropout=model.decoder_dropout,
     )
+    weight_report = ""
     if initial_weights and model.init_from is not None:
         weights = read_weights(model.init_from)
         if any(name.startswith("decoder_blocks.") or name == "cls_token" for name in weights):
             report = mae_to_sam(weights, sam, patch_resize=model.patch_resize)
-            print(report.summary(), flush=True)
+            weight_report = report.summary()
+            print(weight_report, flush=True)
         else:
             sam.load_state_dict(fit_sam(weights, sam), strict=True)
+            weight_report = f"all {len(weights)} tensors of a SAM from {model.init_from}"
     if initial_weights and check_embeddings and config.data.embeddings is not None:
         EmbeddingStore(config.data.embeddings).check_encoder(sam.image_encoder)
-    return SamTask(sam, config, frozen)
+    task = SamTask(sam, config, frozen)
+    task.weight_report = weight_report
+    return task
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -117,6 +123,18 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     elif not (path / "COMPLETE").is_file():
         raise ValueError(f"{path} is neither a run, a complete checkpoint nor a file of weights")
     return {name.split(".", 1)[1]: value for name, value in load_weights(path).items()}
+
+
+def sam_size(weights: Mapping[str, torch.Tensor]) -> tuple[str, int]:
+    """Size and input pixels a side, from a SAM's weights. Raises `ValueError` if they are of no known size."""
+    if "image_encoder.pos_embed" not in weights:
+        raise ValueError("these are no weights of a SAM: image_encoder.pos_embed is not among them")
+    _, side, _, width = weights["image_encoder.pos_embed"].shape
+    depth = len({name.split(".")[2] for name in weights if name.startswith("image_encoder.blocks.")})
+    for name, size in SIZES.items():
+        if (size.embed_dim, size.depth) == (width, depth):
+            return name, 16 * side
+    raise ValueError(f"an encoder of {depth} blocks of width {width} is none of {', '.join(SIZES)}")
 
 
 def encoder_depth(config: SamConfig) -> int:

@@ -20,7 +20,9 @@ from trainer.config import Config, ConfigError, SamConfig, dump_config, load_con
 from trainer.data.eval_data import evaluation_rows
 from trainer.data.loader import build_batches
 from trainer.distributed import World, start_world, stop_world
+from trainer.environment import environment
 from trainer.evaluate import evaluate_and_log
+from trainer.flops import flops_per_image, peak_flops
 from trainer.guard import EXIT_STOPPED, Guard
 from trainer.loop import BadSamples, Plan, train
 from trainer.metrics import Logger
@@ -37,7 +39,9 @@ from trainer.optim import (
 from trainer.parallel.averaged import AveragedEngine
 from trainer.parallel.engine import build_engine
 from trainer.reconstruct import log_reconstruction
+from trainer.sam_task import SamTask
 from trainer.stages import Pipeline, build_pipeline, build_task, encoder_depth
+from trainer.tracing import Tracer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,6 +105,8 @@ def run_phase(
     if first_step >= ends[phase]:
         return True
     task = build_task(config, config.phases[phase].frozen, initial_weights=newest is None)
+    if isinstance(task, SamTask) and task.weight_report:
+        logger.text("initial_weights", task.weight_report)
     depth = encoder_depth(config) if isinstance(config, SamConfig) else 0
     groups = param_groups(task.named_parameters(), config.optim, depth, first_trained(config.phases))
     engine = build_engine(task.to(world.device), config, groups, world)
@@ -118,8 +124,9 @@ def run_phase(
     if config.log.sample_keys:
         sample_log = (config.run_dir / f"samples_rank{world.rank}.jsonl").open("a")
     try:
-        evaluate = build_evaluation(config, pipeline, world, logger)
-        stopped = train(engine, batches, plan, world, checkpointer, logger, guard, evaluate, sample_log)
+        evaluate = build_evaluation(config, pipeline, world, logger, guard)
+        tracer = Tracer(config.profile.steps, config.run_dir, world)
+        stopped = train(engine, batches, plan, world, checkpointer, logger, guard, evaluate, tracer, sample_log)
     finally:
         batches.close()
         engine.close()
@@ -138,6 +145,8 @@ def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, w
     save_every = config.checkpoint.every_steps or steps_of(
         config.checkpoint.every_epochs or 0, num_samples, global_size
     )
+    peak = peak_flops(world.device, config.engine.precision)
+    frozen = config.phases[phase].frozen
     return Plan(
         first_step=first_step,
         last_step=ends[phase],
@@ -145,6 +154,8 @@ def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, w
         num_micro=num_micro_batches(config, world),
         global_size=global_size,
         seed=config.seed,
+        flops_per_image=flops_per_image(config, frozen, pipeline.dataset) if peak and world.is_main else None,
+        peak_flops=peak,
         log_every=config.log.every_steps,
         save_every=save_every,
         evaluate_every=config.evaluate.every_steps
@@ -168,12 +179,14 @@ def num_micro_batches(config: Config, world: World) -> int:
     return -(-per_rank // config.batch.micro)
 
 
-def build_evaluation(config: Config, pipeline: Pipeline, world: World, logger: Logger):
+def build_evaluation(config: Config, pipeline: Pipeline, world: World, logger: Logger, guard: Guard):
     """What the loop calls at evaluation steps: mIoU and masks for SAM, a reconstruction for MAE."""
     if isinstance(config, SamConfig):
         reader, rows = evaluation_rows(config)
         rows = rows[: config.evaluate.num_images]
-        return lambda engine, step: evaluate_and_log(engine, reader, rows, config, world, logger, step)
+        return lambda engine, step: evaluate_and_log(
+            engine, reader, rows, config, world, logger, step, lambda: guard.stop_requested
+        )
     return lambda engine, step: log_reconstruction(engine, pipeline.dataset, world, logger, step)
 
 
@@ -209,6 +222,7 @@ def announce(config: Config, pipeline: Pipeline, ends: list[int], world: World, 
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(dump_config(config))
     logger.text("config", dump_config(config))
+    logger.text("environment", environment(world))
     samples, batch = pipeline.order.num_samples, config.batch
     logger.say(f"{config.stage} {config.model.size}, engine {config.engine.kind} {config.engine.precision}")
     epochs = ends[-1] * batch.global_size / samples

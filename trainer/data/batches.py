@@ -4,12 +4,30 @@ Letters: B images, M masks an image, P points a mask, R rounds, H W input pixels
 D encoder blocks. Every random draw of a sample was made in the worker, keyed by (seed, position), and travels here.
 """
 
+import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import torch
 from torch import Tensor
+
+
+class StageClock:
+    """Seconds spent in the stages of making a batch."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,7 @@ class Batch(ABC):
     problems: list[str]  # one line a broken sample
     num_images: float
     num_masks: float
+    stage_seconds: dict[str, float] = field(default_factory=dict, kw_only=True)  # what making it took, by stage
 
     def to(self, device: torch.device) -> Self:
         """Move all tensors; asynchronous from pinned memory."""
