@@ -27,6 +27,7 @@ from model.build import SIZES
 from trainer.config import Config, MaeConfig, SamConfig, load_config
 from trainer.data.batches import MaeBatch, SamBatch
 from trainer.distributed import World, single_process
+from trainer.flops import peak_flops
 from trainer.optim import first_trained, param_groups
 from trainer.parallel.engine import Engine, build_engine
 from trainer.prompts import later_rounds_with_click
@@ -36,7 +37,6 @@ from trainer.stages import build_task, encoder_depth
 # FlopCounterMode counts the released modules (a multiply-add is two).
 SAM_ENCODER_FLOPS = {"vit_b": 0.972e12, "vit_l": 2.986e12, "vit_h": 5.961e12}
 SAM_ROUND_FLOPS = 3.7e9  # 3.62e9 in the first round, 3.81e9 in the last
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s by the vendor's data sheets
 
 
 def sam_batch(config: SamConfig, world: World) -> SamBatch:
@@ -176,7 +176,7 @@ def measure(config: Config, world: World, compiled: bool, repeats: int, by_part:
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     flops = useful_flops(config, frozen)
     row["useful_tflop"] = None if flops is None else round(flops / 1e12, 2)
-    peak = peak_of(world.device)
+    peak = peak_flops(world.device, config.engine.precision)
     row["share_of_peak"] = None if flops is None or peak is None else round(flops / whole / peak, 4)
     engine.close()
     return row
@@ -206,13 +206,6 @@ def parts(engine: Engine, batch: SamBatch | MaeBatch, repeats: int) -> dict[str,
     found["forward_backward"] = seconds(both, device, repeats, 1)
     found["optimizer"] = seconds(engine.step, device, 1, 0)
     return found
-
-
-def peak_of(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def table(rows: list[dict[str, object]]) -> str:
