@@ -14,13 +14,30 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, strict=True)]
+
+
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("the lower end comes first")
+    return value
+
+
+def _at_most_whole(value: tuple[float, float]) -> tuple[float, float]:
+    if value[1] > 1.0:
+        raise ValueError("a crop is at most the whole image: 1.0")
+    return value
+
+
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]  # lower and upper end
+CropScale = Annotated[Range, AfterValidator(_at_most_whole)]
 
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs")  # through fsspec; the last two need s3fs or gcsfs
@@ -67,7 +84,7 @@ class SamData(Section):
     holdout_images: CountOrZero = 0  # left out of training by hash of the image id, about this many
     max_masks: Count = 64  # per image and step (SAM App. A)
     max_mask_area: Probability | None = None  # leave out masks over this share of the image (SAM 0.9; doc none)
-    scale_jitter: tuple[Positive, Positive] | None = None  # of the long side, then crop or pad (doc 0.8, 1.2)
+    scale_jitter: Range | None = None  # of the long side, then crop or pad (doc 0.8, 1.2)
     horizontal_flip: Probability = 0.0
     color_jitter: NonNegative = 0.0  # brightness, contrast, saturation each by a factor in 1 -+ this
     lanes: Count = 64  # fixed streams of shards that a global batch draws from evenly
@@ -80,7 +97,8 @@ class SamData(Section):
 
 class MaeData(Section):
     shards: str
-    crop_scale: tuple[Positive, Positive] = (0.2, 1.0)  # area share of the random crop (MAE code; doc 0.08)
+    holdout_images: CountOrZero = 0  # as in stage 2, so that its held-out images are unseen here too
+    crop_scale: CropScale = (0.2, 1.0)  # area share of the random crop (MAE code; doc 0.08)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # doc silent (torchvision's default: bilinear)
     horizontal_flip: Probability = 0.5
     color_jitter: NonNegative = 0.0  # doc 0.4; MAE A.1 uses none
@@ -143,7 +161,7 @@ class SamLoss(Section):
 class Optim(Section):
     lr: Positive
     lr_per_256: bool = False  # multiply by global batch / 256 (MAE A.1)
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     decay_bias_and_norm: bool = True  # MAE: false; doc silent
@@ -480,4 +498,9 @@ def _missing_paths(tree: dict[str, Any]) -> list[str]:
             problems.append(f"{section}.{key}: {path} is no directory and no URL of {', '.join(REMOTE_SCHEMES)}")
         elif not Path(path).exists():
             problems.append(f"{section}.{key}: {path} does not exist")
+        elif section == "data" and not (Path(path) / "manifest.json").is_file():
+            problems.append(
+                f"{section}.{key}: {path} holds no manifest.json; pack the data with `python -m data_tools.pack`, or "
+                f"index shards that exist with `python -m data_tools.index {path}`"
+            )
     return problems

@@ -96,12 +96,20 @@ class SamTask(nn.Module):
         )
         if not self.config.prompts.types.mask:
             return prompts
+        # At least one mask even where none asks: shards are gathered by calls, which all ranks must make alike.
+        asking = max(1, batch.num_mask_prompts)
         with torch.no_grad():
-            answer = best_predicted(self.sam.decode_masks(image_embeddings, prompts))
+            one_point = PromptBatch(*(x[:, :asking] for x in prompts))
+            one_point = one_point._replace(
+                point_coords=one_point.point_coords[:, :, :1], point_labels=one_point.point_labels[:, :, :1]
+            )
+            answer = best_predicted(self.sam.decode_masks(image_embeddings, one_point))
+        wants_mask = batch.wants_mask
+        mask_logits[:, :asking] = torch.where(wants_mask[:, :asking, None, None], answer, 0.0)
         return prompts._replace(
-            point_labels=torch.where(batch.wants_mask[..., None], NO_POINT, labels),
-            mask_logits=torch.where(batch.wants_mask[..., None, None], answer, mask_logits),
-            has_mask=batch.wants_mask,
+            point_labels=torch.where(wants_mask[..., None], NO_POINT, labels),
+            mask_logits=mask_logits,
+            has_mask=wants_mask,
         )
 
     def add_click(

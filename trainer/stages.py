@@ -36,8 +36,7 @@ def build_pipeline(config: Config) -> Pipeline:
     reader = open_shards(config.data.shards, config.data.remote)
     if isinstance(config, SamConfig) and reader.manifest.kind != "sa1b":
         raise ValueError(f"data.shards: {config.data.shards} holds {reader.manifest.kind}, stage sam needs masks")
-    holdout = config.data.holdout_images if isinstance(config, SamConfig) else 0
-    rows, _ = reader.split(holdout)
+    rows, _ = reader.split(config.data.holdout_images)
     settings = (rows, config.seed, config.data.lanes, config.data.window)
     order = AheadOrder(*settings, reader.cache, reader.manifest.shards) if reader.cache else DataOrder(*settings)
     dataset: Dataset

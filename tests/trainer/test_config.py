@@ -18,6 +18,7 @@ TINY = ROOT / "launch" / "configs" / "sam_tiny.yaml"
 @pytest.fixture
 def good(tmp_path) -> list[str]:
     """Overrides that make the tiny config loadable."""
+    (tmp_path / "manifest.json").touch()
     return [f"data.shards={tmp_path}", f"data.eval_shards={tmp_path}", f"run_dir={tmp_path / 'run'}"]
 
 

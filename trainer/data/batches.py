@@ -77,7 +77,8 @@ class SamBatch(Batch):
     point_labels: Tensor  # (B, M, P) int64: 1 object, 0 background, -1 none
     boxes: Tensor  # (B, M, 4) float32, x1 y1 x2 y2 in input pixels
     has_box: Tensor  # (B, M) bool
-    wants_mask: Tensor  # (B, M) bool: prompted by the network's own answer to its points
+    wants_mask: Tensor  # (B, M) bool: prompted by the network's own answer to its point; the first masks of an image
+    num_mask_prompts: int  # most of them in an image, so that the pass that answers decodes no other mask
     click_uniforms: Tensor  # (B, M, R - 1) float32 in [0, 1), one for each later round
     gets_click: Tensor  # (B, R - 1) bool: later rounds that add a point; the others only refine
     drop_path_uniforms: Tensor  # (B, D, 2) float32 in [0, 1)

@@ -123,6 +123,7 @@ class SamDataset(Dataset):
             num_images=0.0,
             num_masks=0.0,
             stage_seconds=clock.seconds,
+            num_mask_prompts=int(arrays["wants_mask"].sum(axis=1).max()),
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
         )
 
@@ -169,34 +170,26 @@ class SamDataset(Dataset):
             image = decode_placed(jpeg, record.height, record.width, placement)
         with clock.stage("masks"):
             chosen, targets = choose_masks(record, placement, mask_order, config)
-        with clock.stage("collate"):
-            self._collate(arrays, i, image, placement, chosen, targets, draws)
         transform = placement.transform(size, size)
         with clock.stage("prompts"):
-            for m, mask in enumerate(chosen):
-                prompt = first_prompt(mask, placement.window, transform, draws.prompts[m], config.prompts)
-                write_prompt(arrays, i, m, prompt)
-
-    def _collate(
-        self,
-        arrays: dict[str, np.ndarray],
-        i: int,
-        image: np.ndarray,
-        placement: Placement,
-        chosen: list[rle.Runs],
-        targets: np.ndarray,
-        draws: Draws,
-    ) -> None:
-        """Copy what was made for sample `i` into the batch."""
-        arrays["images"][i, :, : placement.height, : placement.width] = image.transpose(2, 0, 1)
-        arrays["image_sizes"][i] = placement.height, placement.width
-        arrays["color_factors"][i] = 1.0 + self.config.data.color_jitter * (2.0 * draws.color - 1.0)
-        arrays["click_uniforms"][i] = draws.clicks
-        arrays["gets_click"][i] = draws.gets_click
-        arrays["drop_path_uniforms"][i] = draws.drop_path
-        arrays["masks"][i, : len(chosen)] = targets
-        arrays["mask_valid"][i, : len(chosen)] = True
-        arrays["image_weight"][i] = float(bool(chosen))
+            prompts = [
+                first_prompt(mask, placement.window, transform, draws.prompts[m], config.prompts)
+                for m, mask in enumerate(chosen)
+            ]
+        with clock.stage("collate"):
+            arrays["images"][i, :, : placement.height, : placement.width] = image.transpose(2, 0, 1)
+            arrays["image_sizes"][i] = placement.height, placement.width
+            arrays["color_factors"][i] = 1.0 + config.data.color_jitter * (2.0 * draws.color - 1.0)
+            arrays["click_uniforms"][i] = draws.clicks
+            arrays["gets_click"][i] = draws.gets_click
+            arrays["drop_path_uniforms"][i] = draws.drop_path
+            # Those that want the network's own answer come first: the pass that makes it decodes the first slots only.
+            slots = sorted(range(len(chosen)), key=lambda m: prompts[m].type != PromptType.MASK)
+            arrays["masks"][i, : len(chosen)] = targets[slots]
+            arrays["mask_valid"][i, : len(chosen)] = True
+            arrays["image_weight"][i] = float(bool(chosen))
+            for m, slot in enumerate(slots):
+                write_prompt(arrays, i, m, prompts[slot])
 
 
 def write_prompt(arrays: dict[str, np.ndarray], i: int, m: int, prompt: FirstPrompt) -> None:
