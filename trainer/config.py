@@ -41,6 +41,7 @@ CropScale = Annotated[Range, AfterValidator(_at_most_whole)]
 
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs")  # through fsspec; the last two need s3fs or gcsfs
+PIPE, PIPE_SLOT = "pipe:", "{}"  # a command that writes a file to its output, and where in it the file's name goes
 
 
 class Section(BaseModel):
@@ -70,7 +71,7 @@ class MaeModel(Section):
 
 
 class Remote(Section):
-    """Reading shards from a URL. Directories are read in place and need none of this."""
+    """Reading shards from a URL or a command. Directories are read in place and need none of this."""
 
     cache_dir: Path | None = None  # on a disk of the node; none = shard_cache_UID under $TMPDIR
     cache_gb: Positive = 500.0  # 10^9 bytes of shards a node keeps; docs/decisions/0008 says how much a run needs
@@ -79,8 +80,9 @@ class Remote(Section):
 
 
 class SamData(Section):
-    shards: str  # a packed data set: a directory, or a URL of http, https, s3 or gs
+    shards: str  # a packed data set: a directory, a URL of http, https, s3 or gs, or `pipe:COMMAND {}`
     eval_shards: str | None = None  # a packed data set of its own; none = the hold-out of `shards`
+    embeddings: Path | None = None  # of a frozen encoder, made by trainer.embed; read instead of images
     holdout_images: CountOrZero = 0  # left out of training by hash of the image id, about this many
     max_masks: Count = 64  # per image and step (SAM App. A)
     max_mask_area: Probability | None = None  # leave out masks over this share of the image (SAM 0.9; doc none)
@@ -132,6 +134,7 @@ class Prompts(Section):
     random_background: bool = True  # of n points 1..n are foreground, the rest background (doc); else all foreground
     box_noise: NonNegative = 0.0  # largest shift as a share of the side, at most `box_noise_pixels` (SAM 0.1; doc none)
     box_noise_pixels: NonNegative = 20.0  # input pixels
+    box_noise_kind: Literal["uniform", "normal"] = "uniform"  # as sam2 has it, or a normal deviation cut at the limit
     rounds: Count = 1  # doc 1; SAM 11
     rounds_without_click: CountOrZero = 0  # of the later rounds: the last, and others at random (SAM 2)
 
@@ -151,10 +154,13 @@ class SamLoss(Section):
     focal_alpha: Probability = 0.25
     focal_gamma: NonNegative = 2.0
     dice_smooth: NonNegative = 1.0
-    resolution: Count = 256  # pixels a side of the target; the logits are resampled to it
+    resolution: Count = 256  # pixels a side of the target; the logits are resampled to it (sam2 1024; SAM, doc silent)
+    sampled_points: Count | None = None  # focal and dice on this many points a mask, not all pixels (sam3 12544)
     multimask: Literal["best", "all", "single"] = "best"  # three masks by least loss, all three, token 0 alone
     multimask_when: Literal["always", "single_prompt"] = "always"  # doc: always (and token 0 too); SAM: one prompt
+    box_is_single_prompt: bool = True  # SAM's text: a box alone is one prompt; sam2's code counts its two corners
     select_by: Literal["total", "mask"] = "total"  # least loss with the IoU part (doc) or without (sam2)
+    iou_on: Literal["selected", "all"] = "selected"  # the IoU head learns on the chosen mask (SAM) or all three (sam2)
     normalize: Literal["image_mean", "mask_mean"] = "image_mean"  # doc; paper recipe: one count over the batch
 
 
@@ -167,6 +173,7 @@ class Optim(Section):
     decay_bias_and_norm: bool = True  # MAE: false; doc silent
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # of the encoder (SAM 0.8; doc none)
     grad_clip: Positive | None = None  # global norm; neither recipe clips
+    ema_decay: BelowOne | None = None  # average the weights, 0.9999 say; evaluation and export then use the average
 
 
 class Schedule(Section):
@@ -315,6 +322,12 @@ class SamConfig(Run):
             problems.append("loss.focal and loss.dice are both 0: the masks would learn nothing")
         if self.data.holdout_images == 0 and self.data.eval_shards is None:
             problems.append("data.eval_shards or data.holdout_images must give evaluation something to read")
+        if self.data.embeddings is not None:
+            if any("image_encoder" not in phase.frozen for phase in self.phases):
+                problems.append("data.embeddings needs the image encoder frozen in every phase, or set it to null")
+            data = self.data
+            if data.scale_jitter or data.horizontal_flip or data.color_jitter:
+                problems.append("data.embeddings are of unchanged images: no scale_jitter, flip or color_jitter")
         for before, phase in zip((None, *self.phases), self.phases, strict=False):
             if len(set(phase.frozen)) == 3:
                 problems.append(f"phase {phase.name} freezes everything")
@@ -481,7 +494,9 @@ def _set_aside(tree: Any, path: tuple[int | str, ...]) -> bool:
 
 
 def is_remote(source: str) -> bool:
-    """Whether a data set is named by a URL that can be read."""
+    """Whether a data set is named by a URL that can be read, or by a command."""
+    if source.startswith(PIPE):
+        return PIPE_SLOT in source
     scheme, separator, _ = source.partition("://")
     return bool(separator) and scheme in REMOTE_SCHEMES
 
@@ -494,7 +509,9 @@ def _missing_paths(tree: dict[str, Any]) -> list[str]:
         path = values.get(key) if isinstance(values, dict) else None
         if not isinstance(path, str) or (section == "data" and is_remote(path)):
             continue
-        if section == "data" and ("://" in path or path.startswith("pipe:")):
+        if section == "data" and path.startswith(PIPE):
+            problems.append(f"{section}.{key}: {path} lacks {PIPE_SLOT}, which stands for the name of a file")
+        elif section == "data" and "://" in path:
             problems.append(f"{section}.{key}: {path} is no directory and no URL of {', '.join(REMOTE_SCHEMES)}")
         elif not Path(path).exists():
             problems.append(f"{section}.{key}: {path} does not exist")

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
 from model.build import SIZES, build_mae, build_sam
-from model.weights import mae_to_sam
+from model.weights import fit_sam, mae_to_sam
 from trainer.checkpoint import Checkpointer, load_weights
 from trainer.config import Config, SamConfig
+from trainer.data.embeddings import EmbeddingStore
 from trainer.data.mae_data import MaeDataset
 from trainer.data.order import DataOrder
 from trainer.data.remote import AheadOrder
@@ -41,7 +43,11 @@ def build_pipeline(config: Config) -> Pipeline:
     order = AheadOrder(*settings, reader.cache, reader.manifest.shards) if reader.cache else DataOrder(*settings)
     dataset: Dataset
     if isinstance(config, SamConfig):
-        dataset = SamDataset(reader, order, config, num_blocks=encoder_depth(config))
+        embeddings = None
+        if config.data.embeddings is not None:
+            embeddings = EmbeddingStore(config.data.embeddings)
+            embeddings.check(reader.fingerprint(), config.model.image_size)
+        dataset = SamDataset(reader, order, config, encoder_depth(config), embeddings)
     else:
         num_patches = (config.model.image_size // config.model.patch_size) ** 2
         dataset = MaeDataset(reader, order, config.data, config.seed, config.model.image_size, num_patches)
@@ -67,7 +73,10 @@ def build_task(config: Config, frozen: tuple[str, ...], initial_weights: bool) -
     return MaeTask(mae, config)
 
 
-def build_sam_task(config: SamConfig, frozen: tuple[str, ...], initial_weights: bool) -> SamTask:
+def build_sam_task(
+    config: SamConfig, frozen: tuple[str, ...], initial_weights: bool, check_embeddings: bool = True
+) -> SamTask:
+    """Stage 2's task. `model.init_from`: MAE weights, or SAM weights under any of the names in model/weights.py."""
     torch.manual_seed(config.seed)
     model = config.model
     sam = build_sam(
@@ -84,18 +93,23 @@ def build_sam_task(config: SamConfig, frozen: tuple[str, ...], initial_weights: 
             weight_report = report.summary()
             print(weight_report, flush=True)
         else:
-            sam.load_state_dict(weights, strict=True)
+            sam.load_state_dict(fit_sam(weights, sam), strict=True)
             weight_report = f"all {len(weights)} tensors of a SAM from {model.init_from}"
+    if initial_weights and check_embeddings and config.data.embeddings is not None:
+        EmbeddingStore(config.data.embeddings).check_encoder(sam.image_encoder)
     task = SamTask(sam, config, frozen)
     task.weight_report = weight_report
     return task
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Network weights from a run directory, one of its checkpoints, or a file of `torch.save` (`.pth`).
+    """Network weights from a run directory, one of its checkpoints, or a file (`.pth`, `.safetensors`).
 
-    Names are the network's own: the task's prefix is removed. Raises `ValueError` if nothing is found.
+    Names are the network's own: the task's prefix is removed. Where a checkpoint holds averaged weights
+    (optim.ema_decay) they are what is read. Raises `ValueError` if nothing is found.
     """
+    if path.is_file() and path.suffix == ".safetensors":
+        return load_file(path)
     if path.is_file():
         tree = torch.load(path, map_location="cpu", weights_only=True)
         return tree.get("model", tree)

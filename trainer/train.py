@@ -27,7 +27,17 @@ from trainer.flops import flops_per_image, peak_flops
 from trainer.guard import EXIT_STOPPED, Guard
 from trainer.loop import BadSamples, Plan, train
 from trainer.metrics import Logger
-from trainer.optim import base_lr, first_trained, lr_at, param_groups, phase_ends, steps_of
+from trainer.optim import (
+    base_lr,
+    check_rates,
+    describe_groups,
+    first_trained,
+    lr_at,
+    param_groups,
+    phase_ends,
+    steps_of,
+)
+from trainer.parallel.averaged import AveragedEngine
 from trainer.parallel.engine import Engine, build_engine
 from trainer.reconstruct import log_reconstruction
 from trainer.sam_task import SamTask
@@ -101,6 +111,11 @@ def run_phase(
     depth = encoder_depth(config) if isinstance(config, SamConfig) else 0
     groups = param_groups(task.named_parameters(), config.optim, depth, first_trained(config.phases))
     engine = build_engine(task.to(world.device), config, groups, world)
+    check_rates(engine.rates(), groups, config.optim.lr)
+    if config.optim.ema_decay is not None:
+        engine = AveragedEngine(engine, groups, config.optim.ema_decay)
+    for line in describe_groups(groups, base_lr(config.optim, config.batch)):
+        logger.say(line)
     if newest:
         checkpointer.load(newest, engine)
         logger.say(f"going on from {newest}")

@@ -82,6 +82,7 @@ class SamBatch(Batch):
     click_uniforms: Tensor  # (B, M, R - 1) float32 in [0, 1), one for each later round
     gets_click: Tensor  # (B, R - 1) bool: later rounds that add a point; the others only refine
     drop_path_uniforms: Tensor  # (B, D, 2) float32 in [0, 1)
+    image_embeddings: Tensor  # (B, C, H/16, W/16) float16, ready made instead of `images`; (B, 0, 0, 0): from them
 
     def local_counts(self) -> tuple[float, float]:
         has_mask = self.mask_valid.any(dim=1) * self.image_weight

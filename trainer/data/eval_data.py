@@ -20,7 +20,7 @@ def evaluation_rows(config: SamConfig) -> tuple[ShardReader, np.ndarray]:
     if config.data.eval_shards is not None:
         reader = open_shards(config.data.eval_shards, config.data.remote)
         train, _ = reader.split(0)
-        return reader, np.concatenate(train)
+        return reader, np.concatenate([rows.rows() for rows in train])
     reader = open_shards(config.data.shards, config.data.remote)
     _, held_out = reader.split(config.data.holdout_images)
     if len(held_out) == 0:
