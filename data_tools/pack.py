@@ -322,7 +322,7 @@ def add_pack_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resize-short-side", type=int, default=0, metavar="PIXELS", help="re-encode larger images")
     command.add_argument("--jpeg-quality", type=int, default=95, help="of images that are re-encoded")
     command.add_argument("--jpeg-check", choices=("decode", "header"), default="decode",
-                         help="header: three to four times as fast, finds cut files but not torn ones")  # fmt: skip
+                         help="header: a third of the time; finds cut files, not torn ones")  # fmt: skip
     command.add_argument("--reencode", action="store_true", help="accept PNG, WebP, TIFF, BMP, stored as JPEG")
 
 

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from data_tools import pack, synthesize
 
 torch.set_num_threads(1)
+# No test asserts a time: on a busy machine an example may take any.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pack_scenes(root: Path, name: str, num_images: int, seed: int, size: int = 64) -> Path:

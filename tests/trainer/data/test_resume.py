@@ -107,7 +107,7 @@ def check(case: tuple, before: tuple[int, int, int], after: tuple[int, int, int]
 layouts = st.tuples(st.integers(1, 7), st.integers(0, 3), st.integers(1, 7))
 in_process = st.tuples(st.integers(1, 7), st.just(0), st.integers(1, 7))
 stops = st.integers(0, NUM_STEPS)
-quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}  # workers take as long as the machine lets them
+quiet = {"suppress_health_check": list(HealthCheck)}  # workers take as long as the machine lets them
 
 
 @settings(max_examples=10, **quiet)
