@@ -81,13 +81,17 @@ def mask_picture(engine: Engine, reader: ShardReader, rows: np.ndarray, config: 
 
 def evaluate_and_log(
     engine: Engine, reader: ShardReader, rows: np.ndarray, config: SamConfig, world: World, logger: Logger, step: int
-) -> None:
-    """Evaluation during training: scalars, pictures of the same few images every time, one console line."""
+) -> dict[str, float]:
+    """Evaluation during training: scalars, pictures of the same few images every time, one console line.
+
+    Returns what `evaluate` does.
+    """
     summary = evaluate(engine, reader, rows, config, world)
     logger.scalars(step, {f"eval/miou_{name}": value for name, value in summary.items() if name != "num_masks"})
     logger.picture(step, "eval/masks", mask_picture(engine, reader, rows, config, world))
     shown = "  ".join(f"{name} {value:.3f}" for name, value in summary.items() if name != "num_masks")
     logger.say(f"step {step}: mIoU over {summary['num_masks']:.0f} masks: {shown}")
+    return summary
 
 
 class _PlainEngine:

@@ -15,7 +15,7 @@ from trainer.guard import STOP_SIGNALS
 
 
 def build_batches(
-    dataset: Dataset, config: Config, world: World, first_step: int, last_step: int
+    dataset: Dataset, config: Config, world: World, first_step: int, last_step: int, shift: int = 0
 ) -> Generator[Batch, None, None]:
     """This rank's micro-batches of the steps `first_step` to `last_step`, in order; `close()` ends the workers.
 
@@ -29,6 +29,7 @@ def build_batches(
         config.batch.micro,
         first_step,
         last_step,
+        shift,
     )
     workers = config.data.workers
     if workers:
