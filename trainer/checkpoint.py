@@ -125,8 +125,8 @@ class Checkpointer:
             self._thread = None
         return self._problem
 
-    def newest(self, read: bool = False) -> Path | None:
-        """The newest checkpoint that is complete and finite; None if there is none.
+    def newest(self, read: bool = False, at_most: int | None = None) -> Path | None:
+        """The newest checkpoint that is complete and finite, none later than step `at_most`; None if there is none.
 
         With `read` every file's checksum is compared, the ranks sharing the work. What has to be passed over, and
         why, is logged on rank 0.
@@ -134,6 +134,8 @@ class Checkpointer:
         self._recover()
         paths = broadcast_object(step_directories(self.directory) if self.world.is_main else None, self.world)
         for path in reversed(paths):
+            if at_most is not None and step_of(path) > at_most:
+                continue
             problems = self._problems(path, read)
             if not problems:
                 return path

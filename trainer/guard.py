@@ -71,6 +71,7 @@ class Guard:
     def __init__(self) -> None:
         self.stop_requested = False
         self.num_rollbacks = 0
+        self.healthy_until: int | None = None  # after a rollback was asked for: step before which none was skipped
         self._previous: dict[int, Any] = {}
         self._watchdog: Watchdog | None = None
 
@@ -94,6 +95,7 @@ class Guard:
 
     def begin(self) -> None:
         """A new stretch of training: what was pending belongs to the one before."""
+        self.healthy_until = None
         self._pending: deque[Pending] = deque()
         self._skipped: deque[int] = deque()
         self._in_a_row = 0
@@ -166,6 +168,7 @@ class Guard:
 
     def _roll_back(self, step: int) -> Outcome:
         self.num_rollbacks += 1
+        self.healthy_until = self._skipped[0]
         budget = self.settings
         text = f"step {step}: more than guard.max_skipped={budget.max_skipped} steps skipped"
         if self.num_rollbacks > budget.max_rollbacks:

@@ -2,8 +2,8 @@
 
 DeepSpeed's own mixed precision is used for precision=deepspeed_fp16 alone. Its `fp16` and `bf16` sections cast weights
 and buffers; its `torch_autocast` reduces gradients in the low precision, steps a loss scaler once per parameter group,
-and never lowers the scale after an overflow. Here autocast runs inside the module and DeepSpeed sees an fp32 model whose loss scale is
-set from outside (`override_loss_scale`), which its unscaling, clipping and norm all respect.
+and never lowers the scale after an overflow. Here autocast runs inside the module and DeepSpeed sees an fp32 model
+whose loss scale is set from outside (`override_loss_scale`), which its unscaling, clipping and norm all respect.
 
 Imported by `build_engine` only when asked for: the import takes seconds.
 """
