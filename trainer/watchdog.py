@@ -24,6 +24,7 @@ EXIT_HUNG = 76  # EX_PROTOCOL of sysexits.h: another rank did not do its part
 OWN_WORK = ("load", "forward")  # parts in which a rank does not wait for others (sharded forward passes do, a little)
 # Fault-free ranks differ by so much, whatever the factor; seconds a step.
 MIN_EXCESS_SECONDS = 0.05
+MIN_STEPS = 5  # of which the mean is taken: a single step says little on a busy machine
 
 
 class Watchdog:
@@ -58,7 +59,9 @@ class Watchdog:
 
     def name_slow_ranks(self, factor: float) -> None:
         """Rank 0 says whose own work took longer than `factor` times the median since the last call. All ranks call."""
-        steps = max(1, self._num_steps)
+        steps = self._num_steps
+        if steps < MIN_STEPS:
+            return
         own = {part: self._seconds[part] / steps for part in OWN_WORK}
         gathered = gather_objects((socket.gethostname(), own), self.world)
         self._seconds.clear()

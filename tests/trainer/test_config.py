@@ -98,6 +98,14 @@ def test_wrong_type_or_range(good, override, place):
         (["phases.0.frozen=[image_encoder, prompt_encoder, mask_decoder]"], "freezes everything"),
         (["phases.1.frozen=[mask_decoder]"], "phase joint freezes mask_decoder, which freeze_encoder trained"),
         (["phases.0.epochs=1"], "phases.0: give exactly one of steps and epochs"),
+        (["engine.shard_group_size=2"], "shard_group_size belongs to kind=hsdp, kind is ddp"),
+        (["engine.offload_optimizer=true"], "offload_optimizer needs kind=deepspeed and zero_stage 1, 2 or 3"),
+        (["engine.kind=deepspeed", "engine.zero_stage=0", "engine.offload_optimizer=true"], "offload_optimizer needs"),
+        (["engine.precision=deepspeed_fp16"], "precision=deepspeed_fp16 needs kind=deepspeed and zero_stage 1, 2 or 3"),
+        (["engine.kind=deepspeed", "engine.zero_stage=0", "engine.precision=deepspeed_fp16"], "deepspeed_fp16 needs"),
+        (["engine.reduce_dtype=fp16"], "reduce_dtype=fp16 needs the loss scale of fp16: with precision=bf16"),
+        (["engine.kind=deepspeed", "engine.zero_stage=3", "engine.compile=true"], "compile does not work with zero_st"),
+        (["checkpoint.keep_best_by=click_2"], "checkpoint.keep_best_by=click_2: there is box, click_1, click_3, click"),
     ],
 )
 def test_impossible_combination(good, overrides, part):
