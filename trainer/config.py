@@ -263,7 +263,7 @@ class GuardSettings(Section):
     max_rollbacks: CountOrZero = 2  # to the last checkpoint, for more skipped steps than that; then the run stops
     spike_deviations: Positive = 6.0  # over the running mean: such a loss is logged with its samples
     slow_factor: Annotated[float, Field(gt=1.0)] = 1.5  # a rank's own work over the median of all: it is named
-    hang_minutes: Positive | None = 15.0  # without a sign of progress, an evaluation included; none = never gives up
+    hang_minutes: Positive | None = 15.0  # without progress (a part of a step, a batch of an evaluation); none = never
 
 
 class Log(Section):

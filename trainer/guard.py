@@ -70,6 +70,7 @@ class Guard:
 
     def __init__(self) -> None:
         self.stop_requested = False
+        self.step = 0  # that the loop is at
         self.num_rollbacks = 0
         self.healthy_until: int | None = None  # after a rollback was asked for: step before which none was skipped
         self._previous: dict[int, Any] = {}
@@ -105,6 +106,7 @@ class Guard:
 
     def at(self, part: str, step: int) -> None:
         """The loop enters a part of a step. For the watchdog, and for each rank's own time."""
+        self.step = step
         if self._watchdog:
             self._watchdog.at(part, step)
 
@@ -205,6 +207,7 @@ class _Interruptible:
         self._engine, self._guard = engine, guard
 
     def __call__(self, batch: Any) -> Any:
+        self._guard.at("evaluate", self._guard.step)  # each batch is progress: an evaluation may take long
         if sum_on_host([float(self._guard.stop_requested)], self._guard.world)[0] > 0:
             raise Interrupted
         return self._engine(batch)
