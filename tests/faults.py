@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -134,6 +135,15 @@ def wait_for_file(path: Path, processes: Ranks, timeout_s: float = SECONDS_TO_EN
         time.sleep(0.01)
 
 
+def wait_for_progress(pointer: Path, before: str, processes: Ranks) -> None:
+    """Until LATEST names another checkpoint than before, or the run is at its end."""
+    deadline = time.monotonic() + SECONDS_TO_END
+    while not processes.poll() and time.monotonic() < deadline:
+        if pointer.exists() and pointer.read_text() != before:
+            return
+        time.sleep(0.01)
+
+
 def slowed(owner: object, name: str, marker: Path, seconds: float) -> Callable[[int], None]:
     """A patch: `owner.name` says that it began and takes longer."""
 
@@ -195,9 +205,9 @@ def signal_starting(lab: Lab, row: Row) -> None:
     """While the engine is built, in a run that has a checkpoint: it saves after the first step, or says 128 + n."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if lab.full else (signal.SIGTERM,):
         run = lab.new_run()
-        lab.start(run, patch=slowed(loop, "seed_step", run.with_suffix(".first"), 0.1)).wait_for("step 3/")
-        first = lab.start(run)
-        first.close()  # leaves a run in the middle, with a checkpoint or two
+        first = lab.start(run, patch=slowed(loop, "seed_step", run.with_suffix(".first"), 0.1))
+        first.wait_for("step 3/")
+        first.close()  # leaves a run in the middle, with a checkpoint or none
         marker = run.with_suffix(".marker")
         processes = lab.start(run, patch=slowed(train, "build_engine", marker, 0.3))
         wait_for_file(marker, processes)
@@ -225,20 +235,23 @@ def kill_one(lab: Lab, row: Row) -> None:
 
 
 def kill_all(lab: Lab, row: Row) -> None:
-    """At random moments of one run, which saves after every step, until it has been killed often enough."""
-    kills, randomly = (50, random.Random(7)) if lab.full else (4, random.Random(7))
-    steps = 12 * kills
+    """At random moments of one run that saves after every step; one in four while it starts."""
+    kills, randomly = (50 if lab.full else 4), random.Random(7)
+    steps = 20 * kills
     more = (f"phases=[{{name: pretrain, steps: {steps}}}]", "checkpoint.every_steps=1", "log.every_steps=10")
     run, last = lab.new_run(), 0
-    for _ in range(kills):
+    pointer = run / "checkpoints" / "LATEST"
+    for number in range(kills):
+        before = pointer.read_text() if pointer.exists() else ""
         processes = lab.start(run, *more)
-        wait_for_file(run / "checkpoints" / "LATEST", processes)
-        time.sleep(randomly.uniform(0.0, 2.0))
+        if number % 4 != 3:
+            wait_for_progress(pointer, before, processes)
+        time.sleep(randomly.uniform(0.0, 1.0))
         for rank in range(2):
             processes.kill(rank, signal.SIGKILL)
         processes.close()
         newest = Checkpointer(run / "checkpoints", 3, single_process("cpu")).newest(read=True)
-        step = train.read_run_state(newest).step if newest else -1
+        step = train.read_run_state(newest).step if newest else 0
         problems = [] if step >= last else [f"newest complete checkpoint is of step {step}, after one of {last}"]
         last = max(last, step)
         row.count(problems)
@@ -288,14 +301,16 @@ def disk_full(lab: Lab, row: Row) -> None:
     run = lab.new_run()
     checkpoints = run / "checkpoints"
     checkpoints.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(checkpoints)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(checkpoints)], capture_output=True
+    )
     if mounted.returncode:
         row.notes.append("not tried: mounting a tmpfs needs root")
         return
     try:
         filler = checkpoints / "filler"
         with filler.open("wb") as file:
-            file.write(b"\0" * (63 << 20))
+            file.write(b"\0" * (255 << 20))
         processes = lab.start(run, patch=slowed(loop, "seed_step", run.with_suffix(".marker"), 0.3))
         processes.wait_for("could not be saved")
         filler.unlink()
@@ -306,7 +321,7 @@ def disk_full(lab: Lab, row: Row) -> None:
         # And to the end: the last checkpoint cannot be written.
         for path in step_directories(checkpoints):
             subprocess.run(["rm", "-r", str(path)], check=True)
-        filler.write_bytes(b"\0" * (63 << 20))
+        filler.write_bytes(b"\0" * (255 << 20))
         codes = lab.start(run).wait(SECONDS_TO_END)
         row.count([] if codes == [74, 74] else [f"full to the end: exit codes {codes}, not 74"])
     finally:
@@ -455,7 +470,8 @@ def slow(lab: Lab, row: Row) -> None:
     processes = lab.start(run, patch=patch)
     codes = processes.wait(SECONDS_TO_END)
     problems = [] if codes == [0, 0] else [f"exit codes {codes}: {processes.output()[-1500:]}"]
-    problems += [] if "rank 1 on " in processes.output() and "is slow: load 0." in processes.output() else ["not named"]
+    named = re.search(r"rank 1 on \S+ is slow: load ", processes.output())
+    problems += [] if named else [f"it is not named: {processes.output()[-1500:]}"]
     later, again = lab.compare(run)
     row.count(problems + later, again)
 

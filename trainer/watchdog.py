@@ -33,6 +33,7 @@ class Watchdog:
     def __init__(self, directory: Path, world: World, hang_minutes: float | None) -> None:
         self.directory, self.world = directory, world
         self.hang_seconds = None if hang_minutes is None else 60 * hang_minutes
+        self._interval = min(5.0, (self.hang_seconds or 300.0) / 10)  # seconds
         self._place = (0, 0, "start")  # number of calls, step, part
         self._entered = time.monotonic()
         self._seconds: dict[str, float] = defaultdict(float)
@@ -73,8 +74,7 @@ class Watchdog:
             log.warning("rank %d on %s is slow: %s a step; the median of all is %.2f s", rank, host, shown, median)
 
     def _watch(self) -> None:
-        interval = min(5.0, (self.hang_seconds or 300.0) / 10)
-        while not self._stopped.wait(interval):
+        while not self._stopped.wait(self._interval):
             self._write()
             waited = time.monotonic() - self._entered
             if self.hang_seconds and waited > self.hang_seconds:
@@ -103,6 +103,7 @@ class Watchdog:
             flush=True,
         )
         faulthandler.dump_traceback(all_threads=True)
+        time.sleep(2 * self._interval)  # the others report too, before our end breaks their connections
         os._exit(EXIT_HUNG)
 
 

@@ -20,7 +20,7 @@ from trainer.watchdog import behind, slow_ranks
 
 WORLD = single_process("cpu")
 # The others take long: `slow`.
-SHORT = ("signal_training", "kill_one", "not_finite", "hang")
+SHORT = ("signal_training", "not_finite", "hang")
 
 
 def attached(tmp_path: Path, dynamic_scale: bool = False, **settings: int) -> Guard:
