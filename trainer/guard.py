@@ -12,7 +12,7 @@ import logging
 import math
 import signal
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import GuardSettings
-from trainer.distributed import World, sum_on_host
+from trainer.distributed import World
 from trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -49,10 +49,6 @@ class Outcome(Enum):
 
 class GaveUp(RuntimeError):
     """The run was rolled back as often as allowed and is still not healthy."""
-
-
-class Interrupted(Exception):
-    """A stop was asked for inside an evaluation."""
 
 
 @dataclass
@@ -151,9 +147,10 @@ class Guard:
                     self._note(pending, "loss spike", f"loss {loss:.4g}, {spike}")
         return Outcome.STOPPED if stop else None
 
-    def interruptible(self, engine: Any) -> Any:
-        """`engine` for an evaluation: every call first asks all ranks whether a stop was asked for."""
-        return _Interruptible(engine, self)
+    def asked_in_evaluation(self) -> bool:
+        """Whether this rank was asked to stop; an evaluation asks after each image, which is also progress."""
+        self.at("evaluate", self.step)
+        return self.stop_requested
 
     def _count_skipped(self, pending: Pending, bad_losses: int) -> None:
         self._in_a_row += 1
@@ -200,22 +197,6 @@ class Guard:
             self._watchdog.name_slow_ranks(self.settings.slow_factor)
 
 
-class _Interruptible:
-    """An engine that an evaluation calls; see `Guard.interruptible`."""
-
-    def __init__(self, engine: Any, guard: Guard) -> None:
-        self._engine, self._guard = engine, guard
-
-    def __call__(self, batch: Any) -> Any:
-        self._guard.at("evaluate", self._guard.step)  # each batch is progress: an evaluation may take long
-        if sum_on_host([float(self._guard.stop_requested)], self._guard.world)[0] > 0:
-            raise Interrupted
-        return self._engine(batch)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-
 class SpikeDetector:
     """A loss far above the running mean, in running standard deviations (both exponential, over some 100 steps)."""
 
@@ -237,13 +218,3 @@ class SpikeDetector:
         self.mean += weight * distance
         self.variance = (1 - weight) * (self.variance + weight * distance**2)
         return None
-
-
-def evaluate_unless_stopped(
-    evaluate: Callable[[Any, int], float | None], engine: Any, step: int, guard: Guard
-) -> tuple[float | None, bool]:
-    """The evaluation's score, and whether a signal cut it short. All ranks call."""
-    try:
-        return evaluate(guard.interruptible(engine), step), False
-    except Interrupted:
-        return None, True

@@ -1,7 +1,6 @@
 """The only training loop, for both stages. It is handed objects and knows no task, network, pipeline or backend."""
 
 import json
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ import torch
 from trainer.checkpoint import Checkpointer, RunState
 from trainer.data.batches import Batch
 from trainer.distributed import World, sum_on_host
-from trainer.guard import Guard, Outcome, evaluate_unless_stopped
-from trainer.metrics import Logger, Meter, console_line
+from trainer.guard import Guard, Outcome
+from trainer.metrics import Logger, Meter, console_line, throughput
 from trainer.parallel.engine import Engine
+from trainer.tracing import Tracer
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Plan:
     num_micro: int  # micro-batches a rank and step
     global_size: int
     seed: int
+    flops_per_image: float | None  # forward and backward; None where no peak is known to compare it with
+    peak_flops: float | None  # of a device, a second
     log_every: int
     save_every: int
     evaluate_every: int
@@ -44,6 +46,7 @@ def train(
     logger: Logger,
     guard: Guard,
     evaluate: Callable[[Engine, int], float | None],
+    tracer: Tracer,
     sample_log: IO[str] | None,
 ) -> Outcome:
     """Train from `plan.first_step` to `plan.last_step`, or until a signal or the guard ends it before."""
@@ -53,12 +56,13 @@ def train(
     for step in range(plan.first_step, plan.last_step):
         seed_step(plan.seed, step, world)
         engine.set_lr(plan.lr_at(step))
+        tracer.before(step + 1)
         guard.at("load", step)
-        started = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(plan.num_micro)]
-        meter.data_seconds += time.perf_counter() - started
+        with meter.timed("data"):
+            micro_batches = [next(batches) for _ in range(plan.num_micro)]
         guard.at("agree", step)
-        num_images, num_masks, num_bad, verdict = agree(micro_batches, guard, world)
+        with meter.timed("wait"):
+            num_images, num_masks, num_bad, verdict = agree(micro_batches, guard, world)
         plan.bad_samples.count(num_bad, micro_batches)
         if verdict is Outcome.ROLL_BACK:
             return verdict
@@ -67,7 +71,9 @@ def train(
         for number, batch in enumerate(micro_batches):
             guard.at("forward", step)
             note_samples(batch, step, meter, sample_log)
-            loss, metrics = engine(batch.counted(num_images, num_masks).to(world.device))
+            with meter.timed("transfer"):
+                on_device = batch.counted(num_images, num_masks).to(world.device)
+            loss, metrics = engine(on_device)
             guard.at("backward", step)
             engine.backward(loss, last=number + 1 == plan.num_micro)
             losses.append(loss.detach())
@@ -79,6 +85,8 @@ def train(
 
         done = step + 1
         stop = verdict is Outcome.STOPPED
+        if table := tracer.after(done):
+            logger.text(f"profile/step_{done}", table)
         if done % plan.log_every == 0 or done == plan.last_step or stop:
             guard.at("log", step)
             write_log(done, step, plan, engine, meter, checkpointer, logger, world)
@@ -87,12 +95,10 @@ def train(
         guard.at("save", step)
         saved = save_if_due(done, stop, plan, engine, checkpointer)
         if not stop and (done % plan.evaluate_every == 0 or done == plan.last_step):
-            # After the save: whatever happens in an evaluation, no step is lost.
+            # After the save: whatever happens in an evaluation, no step is lost. A signal cuts it short; the next step
+            # is then the last.
             guard.at("evaluate", step)
-            score, stop = evaluate_unless_stopped(evaluate, engine, done, guard)
-            keep_if_best(score, saved, done, plan, engine, checkpointer)
-            if stop and not saved:
-                save_if_due(done, stop, plan, engine, checkpointer)
+            keep_if_best(evaluate(engine, done), saved, done, plan, engine, checkpointer)
             engine.task.train()
         if stop and done < plan.num_steps:
             checkpointer.wait()
@@ -145,7 +151,9 @@ def write_log(
     values = meter.collect(world) | {"optim/lr": plan.lr_at(step), "optim/loss_scale": engine.loss_scale}
     values |= {f"optim/lr_group_{i}": lr for i, lr in enumerate(engine.lrs())}
     values["optim/skipped_steps"] = float(engine.num_skipped)
-    values["speed/images_per_second"] = plan.global_size / values["speed/step_seconds"]
+    values |= throughput(
+        values["speed/step_seconds"], plan.global_size, plan.flops_per_image, plan.peak_flops, world.size
+    )
     values["checkpoint/stall_seconds"] = checkpointer.stall_seconds
     values["checkpoint/failed_saves"] = float(checkpointer.num_failed)
     logger.scalars(done, values)
@@ -195,7 +203,7 @@ def seed_step(seed: int, step: int, world: World) -> None:
 
 def note_samples(batch: Batch, step: int, meter: Meter, sample_log: IO[str] | None) -> None:
     """Count and name broken samples; write down what was trained on, if asked."""
-    meter.num_problems += len(batch.problems)
+    meter.add_batch(batch)
     for problem in batch.problems:
         print(f"step {step}: sample trains nothing: {problem}", flush=True)
     if sample_log is not None:

@@ -12,6 +12,7 @@ from enum import IntEnum
 
 import numpy as np
 import torch
+from scipy.special import ndtri
 from torch import Tensor
 
 from data_tools import rle
@@ -96,17 +97,20 @@ def input_box(
 def noisy_box(
     box: tuple[float, float, float, float], draws: np.ndarray, settings: Prompts
 ) -> tuple[float, float, float, float]:
-    """Each coordinate moved by uniform noise of at most `box_noise` of its side and `box_noise_pixels`.
+    """Each coordinate moved by noise of `box_noise` of its side, at most `box_noise_pixels`; `draws` (4,) in [0, 1).
 
-    SAM names a standard deviation of 10 % and a limit of 20 pixels but no distribution; uniform noise within the
-    smaller of the two is sam2's reading.
+    SAM names a standard deviation of 10 % and a limit of 20 pixels but no distribution. "normal" takes it at its word:
+    that deviation, cut at the limit. "uniform" is sam2's reading: even within the smaller of the two.
     """
     if not settings.box_noise:
         return box
     x1, y1, x2, y2 = box
-    limit_x = min(settings.box_noise * (x2 - x1), settings.box_noise_pixels)
-    limit_y = min(settings.box_noise * (y2 - y1), settings.box_noise_pixels)
-    shift = (2 * np.asarray(draws) - 1) * [limit_x, limit_y, limit_x, limit_y]
+    sides = settings.box_noise * np.array([x2 - x1, y2 - y1, x2 - x1, y2 - y1])
+    if settings.box_noise_kind == "normal":
+        deviations = ndtri(np.clip(draws, 1e-9, 1 - 1e-9)) * sides  # inverse of the normal distribution
+        shift = np.clip(deviations, -settings.box_noise_pixels, settings.box_noise_pixels)
+    else:
+        shift = (2 * np.asarray(draws) - 1) * np.minimum(sides, settings.box_noise_pixels)
     return x1 + shift[0], y1 + shift[1], x2 + shift[2], y2 + shift[3]
 
 

@@ -25,7 +25,9 @@ from trainer.config import Config, ConfigError, SamConfig, dump_config, load_con
 from trainer.data.eval_data import evaluation_rows
 from trainer.data.loader import build_batches
 from trainer.distributed import World, start_world, stop_world
+from trainer.environment import environment
 from trainer.evaluate import evaluate_and_log
+from trainer.flops import flops_per_image, peak_flops
 from trainer.guard import (
     EXIT_DONE,
     EXIT_GAVE_UP,
@@ -39,11 +41,23 @@ from trainer.guard import (
 )
 from trainer.loop import BadSamples, Plan, train
 from trainer.metrics import Logger
-from trainer.optim import base_lr, first_trained, lr_at, param_groups, phase_ends, steps_of
+from trainer.optim import (
+    base_lr,
+    check_rates,
+    describe_groups,
+    first_trained,
+    lr_at,
+    param_groups,
+    phase_ends,
+    steps_of,
+)
+from trainer.parallel.averaged import AveragedEngine
 from trainer.parallel.engine import Engine, build_engine
 from trainer.parallel.precision import make_deterministic
 from trainer.reconstruct import log_reconstruction
+from trainer.sam_task import SamTask
 from trainer.stages import Pipeline, build_pipeline, build_task, encoder_depth
+from trainer.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -143,9 +157,16 @@ def run_phase(
     guard.at("build", state.step)
     has_numbers = world.is_main or not config.engine.meta_init
     task = build_task(config, config.phases[phase].frozen, initial_weights=newest is None, has_numbers=has_numbers)
+    if isinstance(task, SamTask) and task.weight_report:
+        logger.text("initial_weights", task.weight_report)
     depth = encoder_depth(config) if isinstance(config, SamConfig) else 0
     groups = param_groups(task.named_parameters(), config.optim, depth, first_trained(config.phases))
     engine = build_engine(task, config, groups, world)
+    check_rates(engine.rates(), groups, config.optim.lr)
+    if config.optim.ema_decay is not None:
+        engine = AveragedEngine(engine, groups, config.optim.ema_decay)
+    for line in describe_groups(groups, base_lr(config.optim, config.batch)):
+        logger.say(line)
     if newest:
         checkpointer.load(newest, engine)
         logger.say(f"going on from {newest}")
@@ -156,8 +177,9 @@ def run_phase(
     if config.log.sample_keys:
         sample_log = (config.run_dir / f"samples_rank{world.rank}.jsonl").open("a")
     try:
-        evaluate = build_evaluation(config, pipeline, world, logger)
-        return train(engine, batches, plan, world, checkpointer, logger, guard, evaluate, sample_log)
+        evaluate = build_evaluation(config, pipeline, world, logger, guard)
+        tracer = Tracer(config.profile.steps, config.run_dir, world)
+        return train(engine, batches, plan, world, checkpointer, logger, guard, evaluate, tracer, sample_log)
     finally:
         checkpointer.wait()
         batches.close()
@@ -174,6 +196,8 @@ def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, w
     if warmup is None:
         warmup = steps_of(schedule.warmup_epochs or 0, num_samples, global_size)
     facts = {"recipe": recipe(config, pipeline), "config": config.model_dump(mode="json"), "code": code_version()}
+    peak = peak_flops(world.device, config.engine.precision)
+    frozen = config.phases[phase].frozen
     return Plan(
         first_step=start.step,
         last_step=ends[phase],
@@ -181,6 +205,8 @@ def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, w
         num_micro=num_micro_batches(config, world),
         global_size=global_size,
         seed=config.seed,
+        flops_per_image=flops_per_image(config, frozen, pipeline.dataset) if peak and world.is_main else None,
+        peak_flops=peak,
         log_every=config.log.every_steps,
         save_every=save_interval(config, pipeline),
         evaluate_every=config.evaluate.every_steps
@@ -211,24 +237,30 @@ def num_micro_batches(config: Config, world: World) -> int:
 
 
 def build_evaluation(
-    config: Config, pipeline: Pipeline, world: World, logger: Logger
+    config: Config, pipeline: Pipeline, world: World, logger: Logger, guard: Guard
 ) -> Callable[[Engine, int], float | None]:
     """What the loop calls at evaluation steps: mIoU and masks for SAM, a reconstruction for MAE.
 
-    It returns the score by which the best checkpoint is kept, if one is.
+    It returns the mIoU by which the best checkpoint is kept; None if there is none or a signal cut it short.
     """
     if isinstance(config, SamConfig):
         reader, rows = evaluation_rows(config)
         rows = rows[: config.evaluate.num_images]
-        best_by = config.checkpoint.keep_best_by or ""
-        return lambda engine, step: evaluate_and_log(engine, reader, rows, config, world, logger, step).get(best_by)
+
+        def evaluate(engine: Engine, step: int) -> float | None:
+            stop = guard.asked_in_evaluation
+            score = evaluate_and_log(engine, reader, rows, config, world, logger, step, stop)
+            return score if config.checkpoint.keep_best else None
+
+        return evaluate
     return lambda engine, step: log_reconstruction(engine, pipeline.dataset, world, logger, step)
 
 
 # Settings that may differ between two starts of one run: where and how it runs, not what it learns.
 NOT_RECIPE = (
-    "run_dir", "checkpoint", "resume", "guard", "log", "evaluate", "batch.micro", "data.shards", "data.eval_shards",
-    "data.workers", "data.prefetch", "data.max_bad_samples", "data.remote", "model.init_from", "model.patch_resize",
+    "run_dir", "checkpoint", "resume", "guard", "log", "profile", "evaluate", "batch.micro", "model.init_from",
+    "model.patch_resize", "data.shards", "data.eval_shards", "data.embeddings", "data.workers", "data.prefetch",
+    "data.max_bad_samples", "data.remote",
 )  # fmt: skip
 
 
@@ -314,6 +346,7 @@ def announce(config: Config, pipeline: Pipeline, ends: list[int], world: World, 
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(dump_config(config))
     logger.text("config", dump_config(config))
+    logger.text("environment", environment(world))
     samples, batch = pipeline.order.num_samples, config.batch
     logger.say(f"{config.stage} {config.model.size}, engine {config.engine.kind} {config.engine.precision}")
     epochs = ends[-1] * batch.global_size / samples

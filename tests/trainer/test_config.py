@@ -18,6 +18,7 @@ TINY = ROOT / "launch" / "configs" / "sam_tiny.yaml"
 @pytest.fixture
 def good(tmp_path) -> list[str]:
     """Overrides that make the tiny config loadable."""
+    (tmp_path / "manifest.json").touch()
     return [f"data.shards={tmp_path}", f"data.eval_shards={tmp_path}", f"run_dir={tmp_path / 'run'}"]
 
 
@@ -89,7 +90,7 @@ def test_wrong_type_or_range(good, override, place):
     "overrides, part",
     [
         (["prompts.types.point=0.9"], "prompts.types: probabilities sum to 1.4, not 1"),
-        (["prompts.rounds_without_click=1"], "rounds_without_click=1 needs more rounds than 1"),
+        (["prompts.rounds=1", "prompts.rounds_without_click=1"], "rounds_without_click=1 needs more rounds than 1"),
         (["schedule.warmup_epochs=1"], "schedule: give exactly one of warmup_steps and warmup_epochs"),
         (["schedule.kind=multistep"], "kind=multistep needs milestones"),
         (["schedule.milestones=[5]"], "milestones belong to kind=multistep"),
@@ -105,7 +106,14 @@ def test_wrong_type_or_range(good, override, place):
         (["engine.kind=deepspeed", "engine.zero_stage=0", "engine.precision=deepspeed_fp16"], "deepspeed_fp16 needs"),
         (["engine.reduce_dtype=fp16"], "reduce_dtype=fp16 needs the loss scale of fp16: with precision=bf16"),
         (["engine.kind=deepspeed", "engine.zero_stage=3", "engine.compile=true"], "compile does not work with zero_st"),
-        (["checkpoint.keep_best_by=click_2"], "checkpoint.keep_best_by=click_2: there is box, click_1, click_3, click"),
+        (
+            ["optim.ema_decay=0.9", "engine.kind=deepspeed", "engine.precision=deepspeed_fp16"],
+            "optim.ema_decay averages",
+        ),
+        (
+            ["optim.ema_decay=0.9", "engine.kind=deepspeed", "engine.zero_stage=3"],
+            "optim.ema_decay needs whole weights",
+        ),
     ],
 )
 def test_impossible_combination(good, overrides, part):

@@ -19,7 +19,7 @@ def evaluation_rows(config: SamConfig) -> tuple[ShardReader, np.ndarray]:
     if config.data.eval_shards is not None:
         reader = open_shards(config.data.eval_shards, config.data.remote)
         train, _ = reader.split(0)
-        return reader, np.concatenate(train)
+        return reader, np.concatenate([rows.rows() for rows in train])
     reader = open_shards(config.data.shards, config.data.remote)
     _, held_out = reader.split(config.data.holdout_images)
     if len(held_out) == 0:
@@ -28,16 +28,15 @@ def evaluation_rows(config: SamConfig) -> tuple[ShardReader, np.ndarray]:
 
 
 def evaluation_batches(
-    reader: ShardReader, rows: np.ndarray, config: SamConfig, rank: int, num_ranks: int, batch_size: int = 8
-) -> Iterator[EvalBatch]:
-    """This rank's share of `rows`, every image on exactly one rank; all ranks yield equally many batches.
+    reader: ShardReader, rows: np.ndarray, config: SamConfig, rank: int, num_ranks: int
+) -> Iterator[tuple[int, EvalBatch]]:
+    """This rank's share of `rows`, an image at a time with its index in `rows`; each image on exactly one rank.
 
-    Ranks that run out yield batches without truths, since the forward pass is collective under sharding.
+    All ranks yield equally many, since the forward pass is collective under sharding: those that run out yield blank
+    images without truths.
     """
-    mine = rows[rank::num_ranks]
-    num_batches = math.ceil(math.ceil(len(rows) / num_ranks) / batch_size)
-    for number in range(num_batches):
-        yield evaluation_batch(reader, mine[number * batch_size : (number + 1) * batch_size], config)
+    for index in range(rank, math.ceil(len(rows) / num_ranks) * num_ranks, num_ranks):
+        yield index, evaluation_batch(reader, rows[index : index + 1], config)
 
 
 def evaluation_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig, keep_masks: bool = False) -> EvalBatch:
@@ -67,6 +66,8 @@ def evaluation_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig, k
         truths,
         keys,
         clicks=config.evaluate.clicks,
+        random_clicks=config.evaluate.random_clicks,
+        boundary=config.evaluate.boundary,
         single_token=config.loss.multimask == "single",
         masks_at_once=config.data.max_masks,
         keep_masks=keep_masks,
