@@ -128,10 +128,11 @@ class Checkpointer:
     def newest(self, read: bool = False, at_most: int | None = None) -> Path | None:
         """The newest checkpoint that is complete and finite, none later than step `at_most`; None if there is none.
 
-        With `read` every file's checksum is compared, the ranks sharing the work. What has to be passed over, and
-        why, is logged on rank 0.
+        With `read`, for a run that starts: every file's checksum is compared, the ranks sharing the work, and what a
+        kill left in between is put right. What has to be passed over, and why, is logged on rank 0.
         """
-        self._recover()
+        if read:
+            self._recover()
         paths = broadcast_object(step_directories(self.directory) if self.world.is_main else None, self.world)
         for path in reversed(paths):
             if at_most is not None and step_of(path) > at_most:

@@ -78,8 +78,7 @@ class Guard:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._watchdog:
-            self._watchdog.stop()
+        self.detach()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -89,6 +88,12 @@ class Guard:
         self.dynamic_scale = dynamic_scale
         self._watchdog = Watchdog(run_dir / "heartbeat", world, settings.hang_minutes)
         self._watchdog.start()
+
+    def detach(self) -> None:
+        """The run is over: what does not move any more does not hang."""
+        if self._watchdog:
+            self._watchdog.stop()
+            self._watchdog = None
 
     def begin(self) -> None:
         """A new stretch of training: what was pending belongs to the one before."""

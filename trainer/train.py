@@ -137,6 +137,7 @@ def run(config: Config, world: World, guard: Guard) -> bool:
             if outcome is Outcome.DONE:
                 logger.say(f"phase {config.phases[phase].name} is complete at step {ends[phase]}")
     finally:
+        guard.detach()
         logger.close()
     return False
 

@@ -226,7 +226,8 @@ def test_a_flipped_bit_anywhere_is_walked_back_over(engine: Engine, checkpointer
 def test_a_kill_between_the_renames_of_a_replacement(engine: Engine, checkpointer: Checkpointer) -> None:
     path = checkpointer.save(engine, state_at(2))
     path.rename(path.with_name(path.name + ".old"))
-    assert checkpointer.newest() == path
+    assert checkpointer.newest() is None  # a reader leaves things alone: the run may be in the middle of it
+    assert checkpointer.newest(read=True) == path
 
 
 def test_the_best_is_kept(engine: Engine, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ SHORT = ("signal_training", "not_finite", "hang")
 def attached(tmp_path: Path, dynamic_scale: bool = False, **settings: int) -> Guard:
     guard = Guard()
     guard.attach(GuardSettings(hang_minutes=None, **settings), WORLD, tmp_path, dynamic_scale)
+    guard.detach()  # these tests judge steps and need no thread
     guard.begin()
     return guard
 
