@@ -32,6 +32,7 @@ class Plan:
     log_every: int
     save_every: int
     evaluate_every: int
+    diagnose_every: int | None  # None: never
     bad_samples: "BadSamples"
     lr_at: Callable[[int], float]
     state_at: Callable[[int], RunState]
@@ -46,6 +47,7 @@ def train(
     logger: Logger,
     guard: Guard,
     evaluate: Callable[[Engine, int], float | None],
+    diagnose: Callable[[Engine, int], None],
     tracer: Tracer,
     sample_log: IO[str] | None,
 ) -> Outcome:
@@ -99,6 +101,10 @@ def train(
             # is then the last.
             guard.at("evaluate", step)
             keep_if_best(evaluate(engine, done), saved, done, plan, engine, checkpointer)
+            engine.task.train()
+        if plan.diagnose_every and done % plan.diagnose_every == 0:
+            guard.at("diagnose", step)
+            diagnose(engine, done)
             engine.task.train()
         if stop and done < plan.num_steps:
             checkpointer.wait()

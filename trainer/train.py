@@ -26,7 +26,7 @@ from trainer.data.eval_data import evaluation_rows
 from trainer.data.loader import build_batches
 from trainer.distributed import World, start_world, stop_world
 from trainer.environment import environment
-from trainer.evaluate import evaluate_and_log
+from trainer.evaluate import diagnose_and_log, evaluate_and_log
 from trainer.flops import flops_per_image, peak_flops
 from trainer.guard import (
     EXIT_DONE,
@@ -180,7 +180,8 @@ def run_phase(
     try:
         evaluate = build_evaluation(config, pipeline, world, logger, guard)
         tracer = Tracer(config.profile.steps, config.run_dir, world)
-        return train(engine, batches, plan, world, checkpointer, logger, guard, evaluate, tracer, sample_log)
+        diagnose = build_diagnosis(config, world, logger)
+        return train(engine, batches, plan, world, checkpointer, logger, guard, evaluate, diagnose, tracer, sample_log)
     finally:
         checkpointer.wait()
         batches.close()
@@ -213,6 +214,7 @@ def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, w
         evaluate_every=config.evaluate.every_steps
         if isinstance(config, SamConfig)
         else config.log.pictures_every_steps,
+        diagnose_every=config.diagnostics.every_steps if isinstance(config, SamConfig) else None,
         bad_samples=BadSamples(config.data.max_bad_samples, config.data.shards),
         lr_at=partial(
             lr_at,
@@ -257,10 +259,19 @@ def build_evaluation(
     return lambda engine, step: log_reconstruction(engine, pipeline.dataset, world, logger, step)
 
 
+def build_diagnosis(config: Config, world: World, logger: Logger) -> Callable[[Engine, int], None]:
+    """What the loop calls at diagnostic steps; stage mae has none."""
+    if not isinstance(config, SamConfig):
+        return lambda engine, step: None
+    reader, rows = evaluation_rows(config)
+    rows = rows[: config.diagnostics.num_images]
+    return lambda engine, step: diagnose_and_log(engine, reader, rows, config, world, logger, step)
+
+
 # Settings that may differ between two starts of one run: where and how it runs, not what it learns.
 NOT_RECIPE = (
-    "run_dir", "checkpoint", "resume", "guard", "log", "profile", "evaluate", "batch.micro", "model.init_from",
-    "model.patch_resize", "data.shards", "data.eval_shards", "data.embeddings", "data.workers", "data.prefetch",
+    "run_dir", "checkpoint", "resume", "guard", "log", "profile", "evaluate", "diagnostics", "batch.micro",
+    "model.init_from", "model.patch_resize", "data.shards", "data.eval_shards", "data.embeddings", "data.workers", "data.prefetch",
     "data.max_bad_samples", "data.remote",
 )  # fmt: skip
 
