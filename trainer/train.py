@@ -271,8 +271,8 @@ def build_diagnosis(config: Config, world: World, logger: Logger) -> Callable[[E
 # Settings that may differ between two starts of one run: where and how it runs, not what it learns.
 NOT_RECIPE = (
     "run_dir", "checkpoint", "resume", "guard", "log", "profile", "evaluate", "diagnostics", "batch.micro",
-    "model.init_from", "model.patch_resize", "data.shards", "data.eval_shards", "data.embeddings", "data.workers", "data.prefetch",
-    "data.max_bad_samples", "data.remote",
+    "model.init_from", "model.patch_resize", "data.shards", "data.eval_shards", "data.embeddings", "data.workers",
+    "data.prefetch", "data.max_bad_samples", "data.remote",
 )  # fmt: skip
 
 
