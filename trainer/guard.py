@@ -173,14 +173,14 @@ class Guard:
     def _roll_back(self, step: int) -> Outcome:
         self.num_rollbacks += 1
         self.healthy_until = self._skipped[0]
-        budget = self.settings
-        text = f"step {step}: more than guard.max_skipped={budget.max_skipped} steps skipped"
-        if self.num_rollbacks > budget.max_rollbacks:
+        max_rollbacks = self.settings.max_rollbacks
+        text = f"step {step}: more than guard.max_skipped={self.settings.max_skipped} steps skipped"
+        if self.num_rollbacks > max_rollbacks:
             raise GaveUp(
-                f"{text}, after guard.max_rollbacks={budget.max_rollbacks} rollbacks. Look at the samples in "
+                f"{text}, after guard.max_rollbacks={max_rollbacks} rollbacks. Look at the samples in "
                 f"{self.run_dir}/unhealthy_rank*.jsonl, or lower optim.lr"
             )
-        log.error("%s; back to the last checkpoint (%d of %d)", text, self.num_rollbacks, budget.max_rollbacks)
+        log.error("%s; back to the last checkpoint (%d of %d)", text, self.num_rollbacks, max_rollbacks)
         return Outcome.ROLL_BACK
 
     def _note(self, pending: Pending, event: str, what: str) -> None:
