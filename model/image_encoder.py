@@ -6,11 +6,11 @@ Legend: B = images, H, W = input pixels, h, w = token grid, C = embedding width.
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention
 from model.layers import LayerNorm2d, MLPBlock, PatchEmbed, drop_path
 from model.pos_embed import resize_pos_embed
+from model.recompute import recomputed
 
 NORM_EPS = 1e-6
 
@@ -38,15 +38,16 @@ class Block(nn.Module):
         self.mlp = MLPBlock(dim, int(dim * mlp_ratio))
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, x: Tensor, drop_path_uniforms: Tensor | None = None, recompute: bool = False) -> Tensor:
+    def forward(self, x: Tensor, drop_path_uniforms: Tensor | None = None, recompute: str = "none") -> Tensor:
         """`drop_path_uniforms` (B, 2): one draw for each residual branch; used in training only.
 
-        `recompute` drops the activations and recomputes them in the backward pass. It acts inside the block, so that
-        a wrapper which shards the block stays outside.
+        `recompute` "block" drops the activations and recomputes them in the backward pass; "selective" keeps those
+        that cost the most to compute (`recompute.py`). It acts inside the block, so that a wrapper which shards the
+        block stays outside.
         """
         uniforms = drop_path_uniforms if self.training else None
-        if recompute and torch.is_grad_enabled():
-            return checkpoint(self._residual_branches, x, uniforms, use_reentrant=False)
+        if recompute != "none" and torch.is_grad_enabled():
+            return recomputed(self._residual_branches, x, uniforms, selective=recompute == "selective")
         return self._residual_branches(x, uniforms)
 
     def _residual_branches(self, x: Tensor, uniforms: Tensor | None) -> Tensor:
@@ -58,7 +59,7 @@ class Block(nn.Module):
 class ImageEncoderViT(nn.Module):
     """Images to embeddings: (B, 3, H, W) -> (B, out_chans, h, w), with h = H / patch_size.
 
-    Set `activation_checkpointing` to recompute each block in the backward pass while training.
+    Set `activation_checkpointing` to "block" or "selective" to recompute in the backward pass while training.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class ImageEncoderViT(nn.Module):
         if any(not 0 <= index < depth for index in global_attn_indexes):
             raise ValueError(f"global_attn_indexes={tuple(global_attn_indexes)}: the encoder has {depth} blocks")
         self.img_size, self.patch_size, self.embed_dim = img_size, patch_size, embed_dim
-        self.activation_checkpointing = False
+        self.activation_checkpointing = "none"
         side = img_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, side, side, embed_dim))
@@ -125,7 +126,7 @@ class ImageEncoderViT(nn.Module):
             )
         x = self.patch_embed(images)  # (B, h, w, C)
         x = x + resize_pos_embed(self.pos_embed, (x.shape[1], x.shape[2]))
-        recompute = self.activation_checkpointing and self.training
+        recompute = self.activation_checkpointing if self.training else "none"
         for i, block in enumerate(self.blocks):
             x = block(x, None if drop_path_uniforms is None else drop_path_uniforms[:, i], recompute)
         return self.neck(x.permute(0, 3, 1, 2))  # (B, out_chans, h, w)

@@ -80,7 +80,7 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(f"mask_ratio={mask_ratio} is outside (0, 1)")
         self.patch_size, self.grid = patch_size, (img_size // patch_size, img_size // patch_size)
         self.mask_ratio, self.norm_pix = mask_ratio, norm_pix
-        self.activation_checkpointing = False
+        self.activation_checkpointing = "none"
         num_patches = self.grid[0] * self.grid[1]
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
@@ -165,5 +165,5 @@ class MaskedAutoencoder(nn.Module):
     def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
         x = x[:, None]  # (B, 1, N, C): a sequence is a grid of one row
         for block in blocks:
-            x = block(x, recompute=self.activation_checkpointing and self.training)
+            x = block(x, recompute=self.activation_checkpointing if self.training else "none")
         return x[:, 0]

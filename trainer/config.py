@@ -50,6 +50,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _or_raise(config: Any, problems: list[str]) -> Any:
+    if problems:
+        raise ValueError("; ".join(problems))
+    return config
+
+
 class SamModel(Section):
     size: Literal["vit_tiny", "vit_b", "vit_l", "vit_h"]
     image_size: Count = 1024  # pixels of the square input; a multiple of the patch size 16
@@ -216,27 +222,73 @@ class Batch(Section):
 
 
 class Engine(Section):
-    kind: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"  # ddp with one process is the plain module
-    zero_stage: Literal[2] = 2  # kind=deepspeed only
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # autocast over fp32 weights
+    kind: Literal["ddp", "fsdp2", "hsdp", "deepspeed"] = "ddp"  # ddp with one process is the plain module
+    zero_stage: Literal[0, 1, 2, 3] = (
+        2  # kind=deepspeed only: what is sharded (nothing, moments, + gradients, + weights)
+    )
+    shard_group_size: Count | None = None  # kind=hsdp only: ranks that share one copy; none = the ranks of a node
+    offload_optimizer: bool = False  # kind=deepspeed, zero_stage 1 to 3: fp32 weights, moments and AdamW on the CPU
+    # fp32, bf16, fp16: autocast over fp32 weights. deepspeed_fp16: DeepSpeed's own `fp16`, half-precision weights with
+    # fp32 masters; buffers stay fp32.
+    precision: Literal["fp32", "bf16", "fp16", "deepspeed_fp16"] = "bf16"
+    reduce_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # in which gradients travel between ranks
     initial_loss_scale: Positive = 65536.0  # fp16 only
     loss_scale_growth_steps: Count = 2000  # fp16 only: good steps before the scale doubles
-    activation_checkpointing: Literal["none", "block"] = "none"  # encoder blocks
+    # Of encoder blocks, in the backward pass recompute: nothing, all, or all but matrix products and attention.
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
     checkpoint_rounds: bool = False  # recompute each prompt round in the backward pass
     compile: bool = False  # torch.compile of each encoder block
+    meta_init: bool = False  # build on rank 0 alone and hand out: saves the host a copy a rank
+    deterministic: bool = False  # the same bits on the same hardware and ranks, slower
     timeout_minutes: Positive = 30.0  # of a collective
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Engine":
+        problems = []
+        if self.shard_group_size and self.kind != "hsdp":
+            problems.append(f"shard_group_size belongs to kind=hsdp, kind is {self.kind}")
+        if self.offload_optimizer and (self.kind != "deepspeed" or self.zero_stage == 0):
+            problems.append("offload_optimizer needs kind=deepspeed and zero_stage 1, 2 or 3: nothing else moves it")
+        if self.precision == "deepspeed_fp16" and (self.kind != "deepspeed" or self.zero_stage == 0):
+            problems.append("precision=deepspeed_fp16 needs kind=deepspeed and zero_stage 1, 2 or 3; else use fp16")
+        if self.reduce_dtype == "fp16" and self.precision not in ("fp16", "deepspeed_fp16"):
+            problems.append(
+                f"reduce_dtype=fp16 needs the loss scale of fp16: with precision={self.precision} small gradients "
+                "would become 0"
+            )
+        if self.compile and self.kind == "deepspeed" and self.zero_stage == 3:
+            problems.append("compile does not work with zero_stage=3: its hooks change the weights inside a block")
+        return _or_raise(self, problems)
 
 
 class Checkpoint(Section):
     every_steps: Count | None = None
     every_epochs: Positive | None = None
     keep_last: Count = 3
+    keep_every: Count | None = None  # also keep every so-manieth save for good
+    keep_best: bool = False  # also keep the best by the evaluation's mIoU; stage sam only
 
     @model_validator(mode="after")
     def _one_interval(self) -> "Checkpoint":
         if (self.every_steps is None) == (self.every_epochs is None):
             raise ValueError("give exactly one of every_steps and every_epochs")
         return self
+
+
+class Resume(Section):
+    """A run goes on only with the recipe, batch and data it was started with, unless a change is named here."""
+
+    allow_change: tuple[str, ...] = ()  # dotted settings or whole sections, or manifest: optim.lr, phases, ...
+
+
+class GuardSettings(Section):
+    """When a run is not healthy, and what is done about it (trainer/guard.py)."""
+
+    max_skipped: CountOrZero = 20  # steps not taken for a loss or gradient that is not finite, of the last 1000
+    max_rollbacks: CountOrZero = 2  # to the last checkpoint, for more skipped steps than that; then the run stops
+    spike_deviations: Positive = 6.0  # over the running mean: such a loss is logged with its samples
+    slow_factor: Annotated[float, Field(gt=1.0)] = 1.5  # a rank's own work over the median of all: it is named
+    hang_minutes: Positive | None = 15.0  # without progress (a part of a step, a batch of an evaluation); none = never
 
 
 class Log(Section):
@@ -281,6 +333,8 @@ class Run(Section):
     batch: Batch
     engine: Engine = Engine()
     checkpoint: Checkpoint
+    resume: Resume = Resume()
+    guard: GuardSettings = GuardSettings()
     log: Log = Log()
     profile: Profile = Profile()
 
@@ -292,7 +346,7 @@ class MaeConfig(Run):
 
     @model_validator(mode="after")
     def _possible(self) -> "MaeConfig":
-        problems = []
+        problems = _averaging_problems(self)
         if self.model.image_size % self.model.patch_size:
             problems.append(
                 f"model.image_size={self.model.image_size} is no multiple of patch_size={self.model.patch_size}"
@@ -301,6 +355,8 @@ class MaeConfig(Run):
             problems.append("phases[].frozen belongs to stage sam")
         if self.engine.checkpoint_rounds:
             problems.append("engine.checkpoint_rounds belongs to stage sam")
+        if self.checkpoint.keep_best:
+            problems.append("checkpoint.keep_best belongs to stage sam: stage mae has no score")
         return _or_raise(self, problems)
 
 
@@ -315,7 +371,7 @@ class SamConfig(Run):
 
     @model_validator(mode="after")
     def _possible(self) -> "SamConfig":
-        problems = []
+        problems = _averaging_problems(self)
         if self.model.image_size % 16:
             problems.append(f"model.image_size={self.model.image_size} is no multiple of the patch size 16")
         if self.loss.focal + self.loss.dice == 0:
@@ -337,17 +393,23 @@ class SamConfig(Run):
         return _or_raise(self, problems)
 
 
+def _averaging_problems(config: Run) -> list[str]:
+    """Engines whose weights cannot be averaged from outside."""
+    engine = config.engine
+    if config.optim.ema_decay is None or engine.kind != "deepspeed":
+        return []
+    if engine.precision == "deepspeed_fp16":
+        return ["optim.ema_decay averages fp32 weights; engine.precision=deepspeed_fp16 has none: use fp16"]
+    if engine.zero_stage == 3:
+        return ["optim.ema_decay needs whole weights or FSDP2's shards: use engine.zero_stage 2 or engine.kind=fsdp2"]
+    return []
+
+
 Config = MaeConfig | SamConfig
 
 
 class ConfigError(ValueError):
     """All problems of a configuration, one a line."""
-
-
-def _or_raise(config: Any, problems: list[str]) -> Any:
-    if problems:
-        raise ValueError("; ".join(problems))
-    return config
 
 
 def load_config(path: Path, overrides: list[str] | tuple[str, ...] = (), check_paths: bool = True) -> Config:

@@ -24,7 +24,7 @@ def flops_per_image(config: Config, frozen: tuple[str, ...], dataset: Dataset) -
     `dataset` gives the shape of a batch; its sample is a blank one, so nothing is read, and the short pass in which
     masks ask for the network's own answer is not counted.
     """
-    switches = {"activation_checkpointing": "none", "checkpoint_rounds": False, "compile": False}
+    switches = {"activation_checkpointing": "none", "checkpoint_rounds": False, "compile": False, "meta_init": False}
     config = config.model_copy(update={"engine": config.engine.model_copy(update=switches)})
     with torch.device("meta"):
         task = build_task(config, frozen, initial_weights=False).train()

@@ -11,7 +11,7 @@ import torch
 from trainer.checkpoint import Checkpointer, RunState
 from trainer.data.batches import Batch
 from trainer.distributed import World, sum_on_host
-from trainer.guard import Guard
+from trainer.guard import Guard, Outcome
 from trainer.metrics import Logger, Meter, console_line, throughput
 from trainer.parallel.engine import Engine
 from trainer.tracing import Tracer
@@ -46,71 +46,134 @@ def train(
     checkpointer: Checkpointer,
     logger: Logger,
     guard: Guard,
-    evaluate: Callable[[Engine, int], object],
+    evaluate: Callable[[Engine, int], float | None],
     diagnose: Callable[[Engine, int], None],
     tracer: Tracer,
     sample_log: IO[str] | None,
-) -> bool:
-    """Train from `plan.first_step` to `plan.last_step`. Returns whether it was asked to stop before the end."""
+) -> Outcome:
+    """Train from `plan.first_step` to `plan.last_step`, or until a signal or the guard ends it before."""
     meter = Meter()
     engine.task.train()
+    guard.begin()
     for step in range(plan.first_step, plan.last_step):
         seed_step(plan.seed, step, world)
         engine.set_lr(plan.lr_at(step))
         tracer.before(step + 1)
+        guard.at("load", step)
         with meter.timed("data"):
             micro_batches = [next(batches) for _ in range(plan.num_micro)]
+        guard.at("agree", step)
         with meter.timed("wait"):
-            num_images, num_masks, num_bad, stop = agree(micro_batches, guard, world)
+            num_images, num_masks, num_bad, verdict = agree(micro_batches, guard, world)
         plan.bad_samples.count(num_bad, micro_batches)
+        if verdict is Outcome.ROLL_BACK:
+            return verdict
 
+        losses = []
         for number, batch in enumerate(micro_batches):
+            guard.at("forward", step)
             note_samples(batch, step, meter, sample_log)
             with meter.timed("transfer"):
                 on_device = batch.counted(num_images, num_masks).to(world.device)
             loss, metrics = engine(on_device)
+            guard.at("backward", step)
             engine.backward(loss, last=number + 1 == plan.num_micro)
+            losses.append(loss.detach())
             meter.add(metrics)
-        meter.end_step(engine.step())
+        guard.at("optimizer", step)
+        grad_norm = engine.step()
+        meter.end_step(grad_norm)
+        guard.note_step(step, torch.stack(losses).sum(), grad_norm, keys_of(micro_batches))
 
         done = step + 1
+        stop = verdict is Outcome.STOPPED
         if table := tracer.after(done):
             logger.text(f"profile/step_{done}", table)
         if done % plan.log_every == 0 or done == plan.last_step or stop:
-            values = meter.collect(world) | {"optim/lr": plan.lr_at(step), "optim/loss_scale": engine.loss_scale}
-            values |= {f"optim/lr_group_{i}": lr for i, lr in enumerate(engine.lrs())}
-            values["optim/skipped_steps"] = float(engine.num_skipped)
-            values |= throughput(
-                values["speed/step_seconds"], plan.global_size, plan.flops_per_image, plan.peak_flops, world.size
-            )
-            logger.scalars(done, values)
-            logger.say(console_line(done, plan.num_steps, values, plan.global_size))
+            guard.at("log", step)
+            write_log(done, step, plan, engine, meter, checkpointer, logger, world)
+            guard.name_slow_ranks()
             meter = Meter()
-        if done % plan.save_every == 0 or done == plan.last_step or stop:
-            checkpointer.save(engine, plan.state_at(done))
-        # After the save: whatever happens in an evaluation, no step is lost.
-        if done % plan.evaluate_every == 0 or done == plan.last_step:
-            evaluate(engine, done)
+        guard.at("save", step)
+        saved = save_if_due(done, stop, plan, engine, checkpointer)
+        if not stop and (done % plan.evaluate_every == 0 or done == plan.last_step):
+            # After the save: whatever happens in an evaluation, no step is lost. A signal cuts it short; the next step
+            # is then the last.
+            guard.at("evaluate", step)
+            keep_if_best(evaluate(engine, done), saved, done, plan, engine, checkpointer)
             engine.task.train()
         if plan.diagnose_every and done % plan.diagnose_every == 0:
+            guard.at("diagnose", step)
             diagnose(engine, done)
             engine.task.train()
         if stop and done < plan.num_steps:
+            checkpointer.wait()
             logger.say(f"stopped at step {done} of {plan.num_steps}; the same command goes on from here")
-            return True
-    return False
+            return Outcome.STOPPED
+    return Outcome.DONE
 
 
-def agree(micro_batches: list[Batch], guard: Guard, world: World) -> tuple[float, float, int, bool]:
-    """Images, masks and new bad samples of the global batch, and whether any rank was asked to stop.
+def agree(micro_batches: list[Batch], guard: Guard, world: World) -> tuple[float, float, int, Outcome | None]:
+    """Images, masks and new bad samples of the global batch, and the guard's verdict over all ranks.
 
     One sum between hosts a step.
     """
     counts = [batch.local_counts() for batch in micro_batches]
     images, masks = (float(sum(column)) for column in zip(*counts, strict=True))
     bad = float(sum(len(new_problems(batch)) for batch in micro_batches))
-    num_images, num_masks, num_bad, stop = sum_on_host([images, masks, bad, float(guard.stop_requested)], world)
-    return num_images, num_masks, int(num_bad), stop > 0
+    num_images, num_masks, num_bad, *report = sum_on_host([images, masks, bad, *guard.report()], world)
+    return num_images, num_masks, int(num_bad), guard.judge(report)
+
+
+def save_if_due(done: int, stop: bool, plan: Plan, engine: Engine, checkpointer: Checkpointer) -> bool:
+    """Save in the background where the plan says so; where training ends, wait until it is written."""
+    if stop or done == plan.last_step:
+        checkpointer.save(engine, plan.state_at(done))
+        return True
+    return done % plan.save_every == 0 and checkpointer.save_in_background(engine, plan.state_at(done))
+
+
+def keep_if_best(
+    score: float | None, saved: bool, done: int, plan: Plan, engine: Engine, checkpointer: Checkpointer
+) -> None:
+    """Note an evaluation's score, and see that the best one has a checkpoint."""
+    if score is None or not checkpointer.note_score(done, score) or saved:
+        return
+    checkpointer.wait()
+    checkpointer.save_in_background(engine, plan.state_at(done))
+
+
+def write_log(
+    done: int,
+    step: int,
+    plan: Plan,
+    engine: Engine,
+    meter: Meter,
+    checkpointer: Checkpointer,
+    logger: Logger,
+    world: World,
+) -> None:
+    """Scalars and the console line. All ranks call; waits for the device."""
+    values = meter.collect(world) | {"optim/lr": plan.lr_at(step), "optim/loss_scale": engine.loss_scale}
+    values |= {f"optim/lr_group_{i}": lr for i, lr in enumerate(engine.lrs())}
+    values["optim/skipped_steps"] = float(engine.num_skipped)
+    values |= throughput(
+        values["speed/step_seconds"], plan.global_size, plan.flops_per_image, plan.peak_flops, world.size
+    )
+    values["checkpoint/stall_seconds"] = checkpointer.stall_seconds
+    values["checkpoint/failed_saves"] = float(checkpointer.num_failed)
+    logger.scalars(done, values)
+    logger.say(console_line(done, plan.num_steps, values, plan.global_size))
+
+
+def keys_of(micro_batches: list[Batch]) -> list[str]:
+    """Keys of the samples that were trained on, without those that fill up."""
+    return [
+        key
+        for batch in micro_batches
+        for key, position in zip(batch.keys, batch.positions.tolist(), strict=True)
+        if position >= 0
+    ]
 
 
 class BadSamples:

@@ -18,7 +18,7 @@ class MaeTask(nn.Module):
     def __init__(self, mae: MaskedAutoencoder, config: MaeConfig) -> None:
         super().__init__()
         self.mae, self.config = mae, config
-        mae.activation_checkpointing = config.engine.activation_checkpointing == "block"
+        mae.activation_checkpointing = config.engine.activation_checkpointing
 
     def shard_units(self) -> list[nn.Module]:
         return self.mae.shard_units()

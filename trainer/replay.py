@@ -23,7 +23,7 @@ from trainer.data.batches import Batch, MaeBatch, SamBatch
 from trainer.distributed import single_process
 from trainer.pictures import grid, sample_row
 from trainer.stages import Pipeline, build_pipeline
-from trainer.train import check_same_run, fingerprint
+from trainer.train import check_recipe, recipe
 
 MASKS_SHOWN = 6  # of an image
 
@@ -71,7 +71,7 @@ def open_pipeline(config: Config) -> Pipeline:
     pipeline = build_pipeline(config)
     newest = Checkpointer(config.run_dir / "checkpoints", config.checkpoint.keep_last, single_process()).newest()
     if newest:
-        check_same_run(read_run_state(newest), fingerprint(config, pipeline), newest)
+        check_recipe(read_run_state(newest).recipe, recipe(config, pipeline), config.resume.allow_change, newest)
     return pipeline
 
 

@@ -52,7 +52,7 @@ class SamTask(nn.Module):
     def __init__(self, sam: Sam, config: SamConfig, frozen: tuple[str, ...]) -> None:
         super().__init__()
         self.sam, self.config, self.frozen = sam, config, frozen
-        sam.image_encoder.activation_checkpointing = config.engine.activation_checkpointing == "block"
+        sam.image_encoder.activation_checkpointing = config.engine.activation_checkpointing
         for part in frozen:
             getattr(sam, part).requires_grad_(False)
 

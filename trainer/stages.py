@@ -1,14 +1,16 @@
 """What differs between the two stages: a task module and a data pipeline. Everything else is shared."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from model.build import SIZES, build_mae, build_sam
+from model.build import SIZES, build_mae, build_sam, init_weights
 from model.weights import fit_sam, mae_to_sam
 from trainer.checkpoint import Checkpointer, load_weights
 from trainer.config import Config, SamConfig
@@ -20,7 +22,10 @@ from trainer.data.sam_data import SamDataset
 from trainer.data.shards import open_shards
 from trainer.distributed import single_process
 from trainer.mae_task import MaeTask
+from trainer.parallel.initial import check_filled, fill_with_nan
 from trainer.sam_task import SamTask
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,16 @@ def build_pipeline(config: Config) -> Pipeline:
     return Pipeline(order, dataset, reader.fingerprint())
 
 
-def build_task(config: Config, frozen: tuple[str, ...], initial_weights: bool) -> nn.Module:
-    """The task module of the run's stage on the CPU, seeded; `initial_weights`: also read `model.init_from`."""
+def build_task(config: Config, frozen: tuple[str, ...], initial_weights: bool, has_numbers: bool = True) -> nn.Module:
+    """The task module of the run's stage on the CPU, seeded; `initial_weights`: also read `model.init_from`.
+
+    Without `has_numbers` the task lies on the meta device and costs nothing: for ranks that get another's weights.
+    """
     if isinstance(config, SamConfig):
-        return build_sam_task(config, frozen, initial_weights)
-    torch.manual_seed(config.seed)
+        return build_sam_task(config, frozen, initial_weights, has_numbers)
     model = config.model
-    mae = build_mae(
+    build = partial(
+        build_mae,
         model.size,
         image_size=model.image_size,
         patch_size=model.patch_size,
@@ -69,21 +77,47 @@ def build_task(config: Config, frozen: tuple[str, ...], initial_weights: bool) -
         decoder_depth=model.decoder_depth,
         decoder_heads=model.decoder_heads,
     )
-    return MaeTask(mae, config)
+    return MaeTask(build_network(build, config, has_numbers), config)
+
+
+def build_network(build: Callable[[], Network], config: Config, has_numbers: bool) -> Network:
+    """A seeded network. With `engine.meta_init` it is laid out first and filled after, from NaN.
+
+    A parameter or buffer that no initialisation reaches is then an error and not a random number. The draws differ
+    from those without `meta_init`, where constructors draw too.
+    """
+    if not config.engine.meta_init:
+        torch.manual_seed(config.seed)
+        return build()
+    with torch.device("meta"):
+        network = build()
+    if has_numbers:
+        network.to_empty(device="cpu")
+        fill_with_nan(network)
+        torch.manual_seed(config.seed)
+        init_weights(network)
+        check_filled(network)
+    return network
 
 
 def build_sam_task(
-    config: SamConfig, frozen: tuple[str, ...], initial_weights: bool, check_embeddings: bool = True
+    config: SamConfig,
+    frozen: tuple[str, ...],
+    initial_weights: bool,
+    has_numbers: bool = True,
+    check_embeddings: bool = True,
 ) -> SamTask:
     """Stage 2's task. `model.init_from`: MAE weights, or SAM weights under any of the names in model/weights.py."""
-    torch.manual_seed(config.seed)
+    initial_weights &= has_numbers
     model = config.model
-    sam = build_sam(
+    build = partial(
+        build_sam,
         model.size,
         image_size=model.image_size,
         drop_path_rate=model.drop_path,
         decoder_dropout=model.decoder_dropout,
     )
+    sam = build_network(build, config, has_numbers)
     weight_report = ""
     if initial_weights and model.init_from is not None:
         weights = read_weights(model.init_from)

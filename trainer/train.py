@@ -5,18 +5,22 @@
     deepspeed --num_gpus 8 --module trainer.train launch/configs/sam_vith.yaml engine.kind=deepspeed
     sbatch launch/sam_vith.slurm                                                       # 32 nodes of 8 GPUs
 
-Any setting of `trainer/config.py` can follow as `dotted.key=value`. Exit codes: 0 done, 2 wrong settings or data, 75
-stopped by a signal after saving.
+Any setting of `trainer/config.py` can follow as `dotted.key=value`. Exit codes: 0 done, 2 wrong settings or
+data, 70 not healthy after all rollbacks, 71 out of memory, 74 the last checkpoint could not be written, 75 stopped by
+a signal after saving, 76 another rank hung. Of a signal before training has begun: 128 + its number, as shells show it.
 """
 
 import argparse
 import logging
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from trainer.checkpoint import Checkpointer, RunState, read_run_state
+import torch
+
+from trainer.checkpoint import Checkpointer, RunState, SaveError, read_run_state
 from trainer.config import Config, ConfigError, SamConfig, dump_config, load_config
 from trainer.data.eval_data import evaluation_rows
 from trainer.data.loader import build_batches
@@ -24,7 +28,17 @@ from trainer.distributed import World, start_world, stop_world
 from trainer.environment import environment
 from trainer.evaluate import diagnose_and_log, evaluate_and_log
 from trainer.flops import flops_per_image, peak_flops
-from trainer.guard import EXIT_STOPPED, Guard
+from trainer.guard import (
+    EXIT_DONE,
+    EXIT_GAVE_UP,
+    EXIT_NOT_SAVED,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_STOPPED,
+    EXIT_WRONG,
+    GaveUp,
+    Guard,
+    Outcome,
+)
 from trainer.loop import BadSamples, Plan, train
 from trainer.metrics import Logger
 from trainer.optim import (
@@ -39,10 +53,13 @@ from trainer.optim import (
 )
 from trainer.parallel.averaged import AveragedEngine
 from trainer.parallel.engine import Engine, build_engine
+from trainer.parallel.precision import make_deterministic
 from trainer.reconstruct import log_reconstruction
 from trainer.sam_task import SamTask
 from trainer.stages import Pipeline, build_pipeline, build_task, encoder_depth
 from trainer.tracing import Tracer
+
+log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,38 +73,73 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
     except ConfigError as error:
         print(f"{options.config} cannot be run:\n{error}", file=sys.stderr)
-        return 2
-    world = start_world(config.engine.timeout_minutes)
+        return EXIT_WRONG
+    if config.engine.deterministic:
+        make_deterministic()
+    with Guard() as guard:
+        world = start_world(config.engine.timeout_minutes)
+        try:
+            return run_guarded(config, world, guard)
+        finally:
+            stop_world(world)
+
+
+def run_guarded(config: Config, world: World, guard: Guard) -> int:
+    """`run`, with every expected end as an exit code and a line that says what to do."""
     try:
-        with Guard() as guard:
-            finished = run(config, world, guard)
+        return EXIT_DONE if run(config, world, guard) else EXIT_STOPPED
     except ValueError as error:
         print(f"rank {world.rank}: {error}", file=sys.stderr)
-        return 2
-    finally:
-        stop_world(world)
-    return 0 if finished else EXIT_STOPPED
+        return EXIT_WRONG
+    except GaveUp as error:
+        print(f"rank {world.rank}: {error}", file=sys.stderr)
+        return EXIT_GAVE_UP
+    except SaveError as error:
+        print(
+            f"rank {world.rank}: {error}. The checkpoints before are untouched; make room, start again", file=sys.stderr
+        )
+        return EXIT_NOT_SAVED
+    except torch.OutOfMemoryError as error:
+        print(f"rank {world.rank}: {explain_out_of_memory(config, world, error)}", file=sys.stderr)
+        return EXIT_OUT_OF_MEMORY
 
 
 def run(config: Config, world: World, guard: Guard) -> bool:
-    """All phases of the run, each an engine of its own that starts from the newest checkpoint. True when done."""
+    """Train from wherever the newest checkpoint is to the end of the last phase. True when done.
+
+    Each stretch has an engine of its own and starts from the newest checkpoint: a change of phase and a rollback go
+    the same way as a restart.
+    """
     pipeline = build_pipeline(config)
     ends = phase_ends(config.phases, pipeline.order.num_samples, config.batch.global_size)
-    checkpointer = Checkpointer(config.run_dir / "checkpoints", config.checkpoint.keep_last, world)
-    newest = checkpointer.newest()
+    checkpoint = config.checkpoint
+    keep_every_steps = checkpoint.keep_every and checkpoint.keep_every * save_interval(config, pipeline)
+    checkpointer = Checkpointer(config.run_dir / "checkpoints", checkpoint.keep_last, world, keep_every_steps)
+    newest = checkpointer.newest(read=True)
     if newest:
         # Before anything is written: a mistaken start must not touch the run.
-        check_same_run(read_run_state(newest), fingerprint(config, pipeline), newest)
+        check_recipe(read_run_state(newest).recipe, recipe(config, pipeline), config.resume.allow_change, newest)
     logger = Logger(config.run_dir, world)
     announce(config, pipeline, ends, world, logger)
+    guard.attach(
+        config.guard, world, config.run_dir, dynamic_scale=config.engine.precision in ("fp16", "deepspeed_fp16")
+    )
+    outcome = Outcome.DONE
     try:
-        for phase, end in enumerate(ends):
-            if not run_phase(config, phase, ends, pipeline, checkpointer, world, logger, guard):
-                return False
-            logger.say(f"phase {config.phases[phase].name} is complete at step {end}")
+        while outcome is not Outcome.STOPPED:
+            # After a rollback, from before the trouble: a checkpoint of skipped steps would keep them skipped.
+            newest = checkpointer.newest(at_most=guard.healthy_until) or checkpointer.newest()
+            state = read_run_state(newest) if newest else RunState(step=0, samples_seen=0, phase=0)
+            phase = next((number for number, end in enumerate(ends) if state.step < end), None)
+            if phase is None:
+                return True
+            outcome = run_phase(config, phase, ends, pipeline, newest, state, checkpointer, world, logger, guard)
+            if outcome is Outcome.DONE:
+                logger.say(f"phase {config.phases[phase].name} is complete at step {ends[phase]}")
     finally:
+        guard.detach()
         logger.close()
-    return True
+    return False
 
 
 def run_phase(
@@ -95,22 +147,22 @@ def run_phase(
     phase: int,
     ends: list[int],
     pipeline: Pipeline,
+    newest: Path | None,
+    state: RunState,
     checkpointer: Checkpointer,
     world: World,
     logger: Logger,
     guard: Guard,
-) -> bool:
-    """Build, restore, train. A change of phase goes through the resume path: save, rebuild, load. False: stopped."""
-    newest = checkpointer.newest()
-    first_step = read_run_state(newest).step if newest else 0
-    if first_step >= ends[phase]:
-        return True
-    task = build_task(config, config.phases[phase].frozen, initial_weights=newest is None)
+) -> Outcome:
+    """Build, restore, train to the end of the phase."""
+    guard.at("build", state.step)
+    has_numbers = world.is_main or not config.engine.meta_init
+    task = build_task(config, config.phases[phase].frozen, initial_weights=newest is None, has_numbers=has_numbers)
     if isinstance(task, SamTask) and task.weight_report:
         logger.text("initial_weights", task.weight_report)
     depth = encoder_depth(config) if isinstance(config, SamConfig) else 0
     groups = param_groups(task.named_parameters(), config.optim, depth, first_trained(config.phases))
-    engine = build_engine(task.to(world.device), config, groups, world)
+    engine = build_engine(task, config, groups, world)
     check_rates(engine.rates(), groups, config.optim.lr)
     if config.optim.ema_decay is not None:
         engine = AveragedEngine(engine, groups, config.optim.ema_decay)
@@ -119,8 +171,9 @@ def run_phase(
     if newest:
         checkpointer.load(newest, engine)
         logger.say(f"going on from {newest}")
-    plan = make_plan(config, phase, ends, pipeline, world, first_step)
-    batches = build_batches(pipeline.dataset, config, world, first_step, ends[phase])
+    plan = make_plan(config, phase, ends, pipeline, world, state)
+    shift = state.samples_seen - state.step * config.batch.global_size
+    batches = build_batches(pipeline.dataset, config, world, state.step, ends[phase], shift)
     sample_log = None
     if config.log.sample_keys:
         sample_log = (config.run_dir / f"samples_rank{world.rank}.jsonl").open("a")
@@ -128,31 +181,27 @@ def run_phase(
         evaluate = build_evaluation(config, pipeline, world, logger, guard)
         tracer = Tracer(config.profile.steps, config.run_dir, world)
         diagnose = build_diagnosis(config, world, logger)
-        stopped = train(
-            engine, batches, plan, world, checkpointer, logger, guard, evaluate, diagnose, tracer, sample_log
-        )
+        return train(engine, batches, plan, world, checkpointer, logger, guard, evaluate, diagnose, tracer, sample_log)
     finally:
+        checkpointer.wait()
         batches.close()
         engine.close()
         if sample_log:
             sample_log.close()
-    return not stopped
 
 
-def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, world: World, first_step: int) -> Plan:
-    """Everything the loop needs to know, derived from config, data and world."""
+def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, world: World, start: RunState) -> Plan:
+    """Everything the loop needs to know, derived from config, data, world and where it starts."""
     num_samples, global_size = pipeline.order.num_samples, config.batch.global_size
     schedule = config.schedule
     warmup = schedule.warmup_steps
     if warmup is None:
         warmup = steps_of(schedule.warmup_epochs or 0, num_samples, global_size)
-    save_every = config.checkpoint.every_steps or steps_of(
-        config.checkpoint.every_epochs or 0, num_samples, global_size
-    )
+    facts = {"recipe": recipe(config, pipeline), "config": config.model_dump(mode="json"), "code": code_version()}
     peak = peak_flops(world.device, config.engine.precision)
     frozen = config.phases[phase].frozen
     return Plan(
-        first_step=first_step,
+        first_step=start.step,
         last_step=ends[phase],
         num_steps=ends[-1],
         num_micro=num_micro_batches(config, world),
@@ -161,7 +210,7 @@ def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, w
         flops_per_image=flops_per_image(config, frozen, pipeline.dataset) if peak and world.is_main else None,
         peak_flops=peak,
         log_every=config.log.every_steps,
-        save_every=save_every,
+        save_every=save_interval(config, pipeline),
         evaluate_every=config.evaluate.every_steps
         if isinstance(config, SamConfig)
         else config.log.pictures_every_steps,
@@ -174,8 +223,14 @@ def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, w
             warmup_steps=warmup,
             num_steps=ends[-1],
         ),
-        state_at=lambda step: RunState(step, step * global_size, phase, fingerprint(config, pipeline)),
+        state_at=lambda step: RunState(step, start.samples_seen + (step - start.step) * global_size, phase, **facts),
     )
+
+
+def save_interval(config: Config, pipeline: Pipeline) -> int:
+    """Steps between two saves."""
+    epochs, num_samples = config.checkpoint.every_epochs or 0, pipeline.order.num_samples
+    return config.checkpoint.every_steps or steps_of(epochs, num_samples, config.batch.global_size)
 
 
 def num_micro_batches(config: Config, world: World) -> int:
@@ -184,14 +239,23 @@ def num_micro_batches(config: Config, world: World) -> int:
     return -(-per_rank // config.batch.micro)
 
 
-def build_evaluation(config: Config, pipeline: Pipeline, world: World, logger: Logger, guard: Guard):
-    """What the loop calls at evaluation steps: mIoU and masks for SAM, a reconstruction for MAE."""
+def build_evaluation(
+    config: Config, pipeline: Pipeline, world: World, logger: Logger, guard: Guard
+) -> Callable[[Engine, int], float | None]:
+    """What the loop calls at evaluation steps: mIoU and masks for SAM, a reconstruction for MAE.
+
+    It returns the mIoU by which the best checkpoint is kept; None if there is none or a signal cut it short.
+    """
     if isinstance(config, SamConfig):
         reader, rows = evaluation_rows(config)
         rows = rows[: config.evaluate.num_images]
-        return lambda engine, step: evaluate_and_log(
-            engine, reader, rows, config, world, logger, step, lambda: guard.stop_requested
-        )
+
+        def evaluate(engine: Engine, step: int) -> float | None:
+            stop = guard.asked_in_evaluation
+            score = evaluate_and_log(engine, reader, rows, config, world, logger, step, stop)
+            return score if config.checkpoint.keep_best else None
+
+        return evaluate
     return lambda engine, step: log_reconstruction(engine, pipeline.dataset, world, logger, step)
 
 
@@ -204,29 +268,87 @@ def build_diagnosis(config: Config, world: World, logger: Logger) -> Callable[[E
     return lambda engine, step: diagnose_and_log(engine, reader, rows, config, world, logger, step)
 
 
-def fingerprint(config: Config, pipeline: Pipeline) -> dict[str, object]:
-    """What fixes the network and the sequence of samples and draws: a run resumes only on the same."""
-    return {
-        "stage": config.stage,
-        "seed": config.seed,
-        "global_size": config.batch.global_size,
-        "lanes": config.data.lanes,
-        "window": config.data.window,
-        "num_samples": pipeline.order.num_samples,
-        "manifest": pipeline.fingerprint,
-        "model": config.model.model_dump(mode="json", exclude={"init_from", "patch_resize"}),
+# Settings that may differ between two starts of one run: where and how it runs, not what it learns.
+NOT_RECIPE = (
+    "run_dir", "checkpoint", "resume", "guard", "log", "profile", "evaluate", "diagnostics", "batch.micro",
+    "model.init_from", "model.patch_resize", "data.shards", "data.eval_shards", "data.embeddings", "data.workers",
+    "data.prefetch", "data.max_bad_samples", "data.remote",
+)  # fmt: skip
+
+
+def recipe(config: Config, pipeline: Pipeline) -> dict[str, object]:
+    """Dotted setting to value of all that decides what a run learns, with the data's manifest."""
+    settings = flatten(config.model_dump(mode="json"))
+    found = {
+        key: value
+        for key, value in settings.items()
+        if not named(key, NOT_RECIPE) and (key == "engine.precision" or not key.startswith("engine."))
     }
+    return {**found, "manifest": pipeline.fingerprint, "num_samples": pipeline.order.num_samples}
 
 
-def check_same_run(state: RunState, wanted: dict[str, object], checkpoint: Path) -> None:
-    """Raise `ValueError` with every difference if the checkpoint belongs to another network or sequence of samples."""
-    differences = [
-        f"{key}: {state.fingerprint.get(key)!r} there, {value!r} now"
-        for key, value in wanted.items()
-        if state.fingerprint.get(key) != value
-    ]
-    if differences:
-        raise ValueError(f"{checkpoint} belongs to another run; use a new run_dir. " + "; ".join(differences))
+def flatten(tree: object, prefix: str = "") -> dict[str, object]:
+    """A tree of sections and lists as dotted keys."""
+    if isinstance(tree, list):
+        tree = {str(number): value for number, value in enumerate(tree)}
+    if not isinstance(tree, dict) or (not tree and prefix):
+        return {prefix.rstrip("."): tree}
+    return {key: value for name, part in tree.items() for key, value in flatten(part, f"{prefix}{name}.").items()}
+
+
+def named(key: str, names: Sequence[str]) -> bool:
+    """Whether a setting, or a section it is in, is among `names`."""
+    return any(f"{key}.".startswith(f"{name}.") for name in names)
+
+
+def check_recipe(before: dict[str, object], now: dict[str, object], allowed: Sequence[str], checkpoint: Path) -> None:
+    """Raise `ValueError` with every difference to what the checkpoint was trained with that nobody allowed."""
+    keys = sorted(before.keys() | now.keys())
+    if strange := [name for name in allowed if not any(named(key, [name]) for key in keys)]:
+        raise ValueError(f"resume.allow_change: {', '.join(strange)} is no part of the recipe")
+    differences = {
+        key: f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+        for key in keys
+        if before.get(key) != now.get(key)
+    }
+    if refused := [text for key, text in differences.items() if not named(key, allowed)]:
+        raise ValueError(
+            f"{checkpoint} was trained with another recipe; use a new run_dir, or name in resume.allow_change what "
+            f"should change. {'; '.join(refused)}"
+        )
+    for text in differences.values():
+        log.warning("resume.allow_change: %s", text)
+
+
+def code_version() -> str:
+    """Commit of this checkout, with a mark if it was changed; torch's version."""
+    here = Path(__file__).parent
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+        commit = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown: not a git checkout"
+    return f"{commit}, torch {torch.__version__}"
+
+
+def explain_out_of_memory(config: Config, world: World, error: Exception) -> str:
+    """What to lower, in the order of what it costs; on a GPU, also where the memory is, into the run directory."""
+    advice = [f"batch.micro (now {config.batch.micro})"] if config.batch.micro > 1 else []
+    if config.engine.activation_checkpointing == "none":
+        advice.append("engine.activation_checkpointing=block")
+    if isinstance(config, SamConfig):
+        if config.prompts.rounds > 1 and not config.engine.checkpoint_rounds:
+            advice.append("engine.checkpoint_rounds=true")
+        advice.append(f"data.max_masks (now {config.data.max_masks})")
+    if world.size > 1 and config.engine.kind == "ddp":
+        advice.append("engine.kind=fsdp2")
+    where = ""
+    if world.device.type == "cuda":
+        path = config.run_dir / f"out_of_memory_rank{world.rank}.txt"
+        path.write_text(f"{error}\n\n{torch.cuda.memory_summary()}")
+        torch.cuda.memory._dump_snapshot(str(path.with_suffix(".pickle")))
+        where = f" Where it was: {path}, and the .pickle beside it for pytorch.org/memory_viz."
+    return f"out of memory. Lower or set, the cheapest first: {'; '.join(advice)}.{where} {error}"
 
 
 def announce(config: Config, pipeline: Pipeline, ends: list[int], world: World, logger: Logger) -> None:

@@ -3,15 +3,20 @@
 import json
 import logging
 import os
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.trainer.parallel.drive import different_keys, make_engine, run_steps, whole_state
 from tests.trainer.parallel.toy import ToyTask, toy_config, toy_groups
 from trainer import checkpoint
-from trainer.checkpoint import Checkpointer, RunState, check_files, load_weights, read_run_state
+from trainer.checkpoint import Checkpointer, RunState, SaveError, load_weights, read_run_state, stage
+from trainer.checkpoint_files import check_files, read_scores, to_delete
 from trainer.distributed import single_process
 from trainer.parallel.engine import Engine, build_engine
 
@@ -19,7 +24,7 @@ WORLD = single_process("cpu")
 
 
 def state_at(step: int) -> RunState:
-    return RunState(step=step, samples_seen=8 * step, phase=0, fingerprint={"seed": 3, "global_batch": 8})
+    return RunState(step=step, samples_seen=8 * step, phase=0, recipe={"seed": 3, "batch.global_size": 8}, code="1a2b")
 
 
 @pytest.fixture
@@ -131,7 +136,7 @@ def test_a_flipped_bit_is_found_by_reading(engine: Engine, checkpointer: Checkpo
     assert ["SHA-256" in problem for problem in check_files(path, read=True)] == [True]
 
 
-@pytest.mark.parametrize("dies_in", ["_sha256", "_sync_directory"])
+@pytest.mark.parametrize("dies_in", ["sha256_of", "sync_directory"])
 def test_a_save_that_dies_leaves_the_older_one(
     engine: Engine, checkpointer: Checkpointer, monkeypatch: pytest.MonkeyPatch, dies_in: str
 ) -> None:
@@ -143,12 +148,126 @@ def test_a_save_that_dies_leaves_the_older_one(
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, dies_in, die)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(SaveError, match="step 3: disk full"):
             checkpointer.save(engine, state_at(3))
     assert checkpointer.newest() == good
-    assert names(checkpointer) == ["LATEST", "step_00000002", "step_00000003.tmp"]
+    assert names(checkpointer) == ["LATEST", "step_00000002"]  # the rest was cleared away: the disk may be full of it
     checkpointer.load(good, make_engine(WORLD, "ddp"))
-    assert checkpointer.save(engine, state_at(3)) == checkpointer.newest()  # what was left does not stand in the way
+    assert checkpointer.save(engine, state_at(3)) == checkpointer.newest()
+
+
+def test_training_goes_on_while_a_save_is_written(
+    engine: Engine, checkpointer: Checkpointer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is written is the state at the call, not what training makes of it; and no second save starts beside it."""
+    may_go_on = threading.Event()
+    write = checkpoint.dcp.save
+    monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **k: may_go_on.wait(60) and write(*a, **k))
+    saved = whole_state(engine)
+    assert checkpointer.save_in_background(engine, state_at(2))
+    run_steps(engine, WORLD, range(2, 4))
+    assert different_keys(saved, whole_state(engine))
+    assert not checkpointer.save_in_background(engine, state_at(4))
+    assert "step 4 is not saved: the save before is still running" in caplog.text
+    assert checkpointer.newest() is None
+    may_go_on.set()
+    assert checkpointer.wait() is None
+    fresh = make_engine(WORLD, "ddp", "fp16", initial_loss_scale=4.0)
+    assert checkpointer.load(checkpointer.newest(), fresh) == state_at(2)
+    assert different_keys(saved, whole_state(fresh)) == []
+    assert checkpointer.save_in_background(engine, state_at(4))
+    checkpointer.save(engine, state_at(5))  # waits for the one under way
+    assert names(checkpointer) == ["LATEST", "step_00000004", "step_00000005"]
+
+
+def test_a_failed_save_is_said_and_training_goes_on(
+    engine: Engine, checkpointer: Checkpointer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = checkpointer.save(engine, state_at(2))
+    checkpointer.directory.chmod(0o700)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_synced", lambda path, text: (_ for _ in ()).throw(OSError(28, "No space")))
+        assert checkpointer.save_in_background(engine, state_at(3))
+        assert "No space" in str(checkpointer.wait())
+    assert "step 3 could not be saved: [Errno 28] No space. Training goes on" in caplog.text
+    assert checkpointer.num_failed == 1
+    assert checkpointer.newest() == good
+    assert checkpointer.save_in_background(engine, state_at(4))
+    assert checkpointer.wait() is None
+    assert checkpointer.newest().name == "step_00000004"
+
+
+def test_what_is_not_finite_is_never_loaded_nor_kept_for_its_sake(
+    engine: Engine, checkpointer: Checkpointer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever comes after it, the last finite one stays."""
+    good = checkpointer.save(engine, state_at(2))
+    with torch.no_grad():
+        engine.task.decoder.head.bias[1] = torch.nan
+    for step in range(3, 8):
+        checkpointer.save(engine, state_at(step))
+    assert good.exists()
+    assert names(checkpointer) == ["LATEST", "step_00000002", "step_00000007"]
+    assert checkpointer.newest() == good
+    assert "not finite: model.decoder.head.bias" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["*.distcp", ".metadata", "run_state.json", "checksums.json", "COMPLETE"])
+def test_a_flipped_bit_anywhere_is_walked_back_over(engine: Engine, checkpointer: Checkpointer, file: str) -> None:
+    good, bad = (checkpointer.save(engine, state_at(step)) for step in (2, 3))
+    path = next(bad.glob(file))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    path.write_bytes(content)
+    assert checkpointer.newest(read=True) == good
+    assert checkpointer.newest() == good  # what was found by reading is remembered
+
+
+def test_a_kill_between_the_renames_of_a_replacement(engine: Engine, checkpointer: Checkpointer) -> None:
+    path = checkpointer.save(engine, state_at(2))
+    path.rename(path.with_name(path.name + ".old"))
+    assert checkpointer.newest() is None  # a reader leaves things alone: the run may be in the middle of it
+    assert checkpointer.newest(read=True) == path
+
+
+def test_the_best_is_kept(engine: Engine, tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, keep_last=1, world=WORLD, keep_every_steps=5)
+    for step, score in ((2, 0.1), (3, 0.7), (4, 0.3), (5, 0.2), (6, 0.4), (7, None)):
+        checkpointer.save(engine, state_at(step))
+        if score is not None:
+            checkpointer.note_score(step, score)
+    assert names(checkpointer) == ["BEST", "LATEST", "scores.json", *(f"step_0000000{n}" for n in (3, 5, 7))]
+    assert (tmp_path / "BEST").read_text() == "step_00000003\n"
+    assert read_scores(tmp_path)[6] == 0.4
+
+
+@given(
+    steps=st.sets(st.integers(1, 60), min_size=1),
+    data=st.data(),
+    keep_last=st.integers(1, 4),
+    every=st.none() | st.integers(1, 20),
+)
+def test_laws_of_retention(steps: set[int], data: st.DataObject, keep_last: int, every: int | None) -> None:
+    newest = data.draw(st.sampled_from(sorted(steps)))
+    good = data.draw(st.sets(st.sampled_from(sorted(steps))))
+    scores = data.draw(st.dictionaries(st.sampled_from(sorted(steps)), st.floats(0, 1)))
+    gone = set(to_delete(sorted(steps), good, newest, keep_last, every, scores))
+    left = good - gone
+    assert newest not in gone
+    assert len(left) >= min(keep_last, len(good))  # so the last finite one is never deleted
+    assert not good or max(good) in left
+    assert not any(every and step % every == 0 for step in gone & good)
+    assert not scores.keys() & good or max(scores.get(step, -1) for step in left) == max(
+        scores[step] for step in scores.keys() & good
+    )
+
+
+def test_replicas_share_the_copy_of_what_all_have() -> None:
+    items = [(f"t{size}", torch.zeros(size)) for size in (100, 60, 50, 7, 1)]
+    worlds = [replace(WORLD, rank=rank, size=3) for rank in range(3)]
+    parts = [stage(iter(items), world) for world in worlds]
+    assert sorted(name for part in parts for name in part) == sorted(name for name, _ in items)
+    assert [sum(value.numel() for value in part.values()) for part in parts] == [100, 60, 58]
 
 
 def test_precision_may_change(checkpointer: Checkpointer, engine: Engine) -> None:
@@ -192,5 +311,7 @@ def test_the_run_state_is_readable_by_people(checkpointer: Checkpointer, engine:
         "step": 2,
         "samples_seen": 16,
         "phase": 0,
-        "fingerprint": {"seed": 3, "global_batch": 8},
+        "recipe": {"seed": 3, "batch.global_size": 8},
+        "config": {},
+        "code": "1a2b",
     }

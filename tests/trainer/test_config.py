@@ -99,6 +99,21 @@ def test_wrong_type_or_range(good, override, place):
         (["phases.0.frozen=[image_encoder, prompt_encoder, mask_decoder]"], "freezes everything"),
         (["phases.1.frozen=[mask_decoder]"], "phase joint freezes mask_decoder, which freeze_encoder trained"),
         (["phases.0.epochs=1"], "phases.0: give exactly one of steps and epochs"),
+        (["engine.shard_group_size=2"], "shard_group_size belongs to kind=hsdp, kind is ddp"),
+        (["engine.offload_optimizer=true"], "offload_optimizer needs kind=deepspeed and zero_stage 1, 2 or 3"),
+        (["engine.kind=deepspeed", "engine.zero_stage=0", "engine.offload_optimizer=true"], "offload_optimizer needs"),
+        (["engine.precision=deepspeed_fp16"], "precision=deepspeed_fp16 needs kind=deepspeed and zero_stage 1, 2 or 3"),
+        (["engine.kind=deepspeed", "engine.zero_stage=0", "engine.precision=deepspeed_fp16"], "deepspeed_fp16 needs"),
+        (["engine.reduce_dtype=fp16"], "reduce_dtype=fp16 needs the loss scale of fp16: with precision=bf16"),
+        (["engine.kind=deepspeed", "engine.zero_stage=3", "engine.compile=true"], "compile does not work with zero_st"),
+        (
+            ["optim.ema_decay=0.9", "engine.kind=deepspeed", "engine.precision=deepspeed_fp16"],
+            "optim.ema_decay averages",
+        ),
+        (
+            ["optim.ema_decay=0.9", "engine.kind=deepspeed", "engine.zero_stage=3"],
+            "optim.ema_decay needs whole weights",
+        ),
     ],
 )
 def test_impossible_combination(good, overrides, part):

@@ -62,5 +62,5 @@ def test_other_data_are_refused(run_dir, tmp_path, scenes, capsys):
     other.mkdir()
     (other / "config.yaml").write_text(config.replace(str(scenes["train"]), str(scenes["eval"])))
     assert replay.main([str(other), "--step", "1"]) == 2
-    assert "another run" in capsys.readouterr().err
+    assert "another recipe" in capsys.readouterr().err
     assert replay.main([str(run_dir), "--step", "0"]) == 2

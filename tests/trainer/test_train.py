@@ -169,7 +169,7 @@ def test_a_finished_run_is_not_touched_by_a_start_with_another_network(scenes, s
     subprocess.run(["cp", "-r", str(sam_run), str(run_dir)], check=True)
     before = (run_dir / "config.yaml").read_text()
     assert train.main(sam_arguments(scenes, run_dir, "model.size=vit_b")) == 2
-    assert "model: " in capsys.readouterr().err
+    assert "model.size: 'vit_tiny' there, 'vit_b' now" in capsys.readouterr().err
     assert (run_dir / "config.yaml").read_text() == before
 
 
@@ -177,7 +177,37 @@ def test_another_seed_or_batch_is_not_the_same_run(scenes, sam_run, tmp_path, ca
     subprocess.run(["cp", "-r", str(sam_run), str(tmp_path / "run")], check=True)
     arguments = sam_arguments(scenes, tmp_path / "run", "seed=1", "phases=[{name: joint, steps: 9}]")
     assert train.main(arguments) == 2
-    assert "seed: 0 there, 1 now" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "seed: 0 there, 1 now" in said
+    assert "phases.0.steps: 2 there, 9 now" in said
+
+
+def test_a_change_that_is_named_is_allowed_and_the_samples_go_on(scenes, sam_run, tmp_path, capsys):
+    """Another global batch and rate: the next samples of the order come next, none twice and none left out."""
+    subprocess.run(["cp", "-r", str(sam_run), str(tmp_path / "run")], check=True)
+    changed = ["batch.global_size=2", "optim.lr=1e-5", "phases.1.steps=6"]
+    arguments = sam_arguments(scenes, tmp_path / "run", *changed)
+    assert train.main([*arguments, "resume.allow_change=[optim, phases]"]) == 2
+    said = capsys.readouterr().err
+    assert "batch.global_size: 3 there, 2 now" in said
+    assert "optim.lr" not in said
+    assert train.main([*arguments, "resume.allow_change=[optim.lrr, phases]"]) == 2
+    assert "resume.allow_change: optim.lrr is no part of the recipe" in capsys.readouterr().err
+    allowed = "resume.allow_change=[optim.lr, phases, batch.global_size]"
+    assert train.main([*arguments, allowed]) == 0
+    assert sorted(position for _, position, _ in samples(tmp_path / "run")) == list(range(6 * 3 + 2 * 2))
+    state = train.read_run_state(newest(tmp_path / "run"))
+    assert (state.step, state.samples_seen) == (8, 22)
+    assert state.config["optim"]["lr"] == 1e-5
+    assert "torch" in state.code
+    assert train.main(sam_arguments(scenes, tmp_path / "run", *changed)) == 0  # the recipe now is the changed one
+
+
+def test_what_decides_what_is_learned_is_in_the_recipe(scenes):
+    config = train.load_config(*split(sam_arguments(scenes, Path("unused"))))
+    found = train.recipe(config, train.build_pipeline(config))
+    assert {"optim.lr", "model.size", "phases.0.frozen.0", "prompts.num_points.0", "manifest", "seed"} <= found.keys()
+    assert not [key for key in found if key.startswith(("log.", "checkpoint.", "engine.kind", "run_dir", "resume."))]
 
 
 def test_sam_takes_the_encoder_of_a_mae_run(scenes, mae_run, tmp_path, capsys):

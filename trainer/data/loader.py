@@ -18,7 +18,7 @@ PRELOADED = ["trainer.data.sam_data", "trainer.data.mae_data"]
 
 
 def build_batches(
-    dataset: Dataset, config: Config, world: World, first_step: int, last_step: int
+    dataset: Dataset, config: Config, world: World, first_step: int, last_step: int, shift: int = 0
 ) -> Generator[Batch, None, None]:
     """This rank's micro-batches of the steps `first_step` to `last_step`, in order; `close()` ends the workers.
 
@@ -32,6 +32,7 @@ def build_batches(
         config.batch.micro,
         first_step,
         last_step,
+        shift,
     )
     workers = config.data.workers
     if workers:

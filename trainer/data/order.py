@@ -140,6 +140,7 @@ class StepSampler:
     micro: int
     first_step: int
     last_step: int
+    shift: int = 0  # of all positions: not 0 where the run had another global batch before
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.num_ranks
@@ -152,7 +153,7 @@ class StepSampler:
         slots = self.micro_batches
         for step in range(self.first_step, self.last_step):
             for micro_batch in slots:
-                yield [step * self.global_batch + slot if slot >= 0 else -1 for slot in micro_batch]
+                yield [step * self.global_batch + self.shift + slot if slot >= 0 else -1 for slot in micro_batch]
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * len(self.micro_batches)

@@ -62,7 +62,7 @@ class AveragedEngine:
 
     def state_items(self) -> Iterator[tuple[str, Tensor]]:
         """`state_dict`, one entry at a time."""
-        yield from self.engine.state_dict().items()
+        yield from self.engine.state_items()
         yield from ((PREFIX + name, value) for name, value in self._average.items())
 
     @torch.no_grad()

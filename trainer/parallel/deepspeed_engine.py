@@ -1,30 +1,36 @@
 """DeepSpeed ZeRO behind the same door: fp32 weights, torch's AdamW, autocast and loss scale as in the other engines.
 
-DeepSpeed's own mixed precision is not used. Its `fp16` and `bf16` sections cast weights and buffers; its
-`torch_autocast` reduces gradients in the low precision, steps a loss scaler once per parameter group, and never lowers
-the scale after an overflow. Here autocast runs inside the module and DeepSpeed sees an fp32 model whose loss scale is
-set from outside (`override_loss_scale`), which its unscaling, clipping and norm all respect.
+DeepSpeed's own mixed precision is used for precision=deepspeed_fp16 alone. Its `fp16` and `bf16` sections cast weights
+and buffers; its `torch_autocast` reduces gradients in the low precision, steps a loss scaler once per parameter group,
+and never lowers the scale after an overflow. Here autocast runs inside the module and DeepSpeed sees an fp32 model
+whose loss scale is set from outside (`override_loss_scale`), which its unscaling, clipping and norm all respect.
 
 Imported by `build_engine` only when asked for: the import takes seconds.
 """
 
 import gc
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.config import Run
+from trainer.config import Optim, Run
 from trainer.distributed import World, ensure_process_group
 from trainer.parallel.groups import ParamGroup
+from trainer.parallel.initial import hand_out
 from trainer.parallel.precision import LossScale, Precision, autocast
+from trainer.parallel.torch_engine import TorchEngine
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when DeepSpeed is imported
 
 import deepspeed
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -35,6 +41,8 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
+log = logging.getLogger(__name__)
+
 # On the CPU DeepSpeed would compile a shared-memory all-reduce at first use: most of a minute, and a compiler, for runs
 # that only try things out. Without it gloo does the same.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -44,15 +52,16 @@ _BUCKET_ELEMENTS = 50_000_000  # of a reduction or gathering: 200 MB in fp32, wh
 
 
 class DeepSpeedEngine:
-    """ZeRO stages 1 to 3 (the configuration offers 2). One flat optimizer state per parameter group."""
+    """ZeRO stages 1 to 3. One flat optimizer state per parameter group."""
 
     def __init__(self, task: nn.Module, config: Run, groups: Sequence[ParamGroup], world: World) -> None:
         ensure_process_group(world)
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed insists, even on one process
         self.world = world
         self.stage = config.engine.zero_stage
-        assert self.stage in (1, 2, 3), "stage 0 is plain data parallelism, which kind=ddp has"
-        self.task = task.to(world.device)
+        assert self.stage in (1, 2, 3), "stage 0 is ZeroStage0Engine"
+        hand_out(task, world)
+        self.task = task
         self._groups = tuple(groups)
         self._parameters = dict(task.named_parameters())
         self._trained = {name: self._parameters[name] for group in groups for name in group.names}
@@ -63,22 +72,24 @@ class DeepSpeedEngine:
             config.engine.loss_scale_growth_steps,
             torch.device("cpu"),
         )
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [self._parameters[name] for name in group.names], "weight_decay": group.weight_decay}
-                for group in groups
-            ],
-            lr=config.optim.lr,
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            fused=True,
-        )
+        # DeepSpeed's own fp16 rounds everything that it is handed. What no optimizer keeps in fp32 is kept here.
+        self._half = config.engine.precision == "deepspeed_fp16"
+        self._frozen = {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in self._parameters.items()
+            if self._half and name not in self._trained
+        }
+        buffers = dict(task.named_buffers())
         self.wrapped, *_ = deepspeed.initialize(
             model=_Autocast(self.task, config.engine.precision, world.device),
-            optimizer=optimizer,
+            optimizer=_adamw(self._parameters, groups, config.optim, config.engine.offload_optimizer),
             config=deepspeed_config(config, world),
             dist_init_required=False,
         )
+        if self._half:
+            _put_back(self.task, buffers)
+            if world.device.type == "cpu":
+                _lower_norm_inputs(self.task)
         self._zero = self.wrapped.optimizer
         self._make_states()
         self._zero.override_loss_scale(float(self._scale.scale))
@@ -134,13 +145,18 @@ class DeepSpeedEngine:
 
     def state_dict(self) -> dict[str, Tensor]:
         """State by name, see `Engine`. Whole tensors on every rank: weights share memory (not under ZeRO-3)."""
-        state = {f"model.{name}": value for name, value in self._weights().items()}
+        return dict(self.state_items())
+
+    def state_items(self) -> Iterator[tuple[str, Tensor]]:
+        """State by name, see `Engine`. All ranks step through it together: each entry may be a collective."""
+        for name, value in self._weights():
+            yield f"model.{name}", value
         for group, flat in zip(self._groups, self._flat_groups(), strict=True):
             for name in group.names:
                 for moment in _MOMENTS:
-                    state[f"optim.{moment}.{name}"] = safe_get_full_optimizer_state(self._trained[name], moment)
-                state[f"optim.step.{name}"] = self._zero.optimizer.state[flat]["step"].clone()
-        return state | self._scale.state_dict()
+                    yield f"optim.{moment}.{name}", safe_get_full_optimizer_state(self._trained[name], moment)
+                yield f"optim.step.{name}", torch.tensor(float(self._zero.optimizer.state[flat]["step"]))
+        yield from self._scale.state_dict().items()
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -161,16 +177,18 @@ class DeepSpeedEngine:
                 value = torch.zeros_like(state[f"model.{name}"]) if value is None else value
                 self._set_flat(parameter, value.to(self.world.device), moment)
         for flat, step in zip(self._flat_groups(), steps, strict=True):
-            self._zero.optimizer.state[flat]["step"].fill_(step)
+            entry = self._zero.optimizer.state[flat]
+            entry["step"] = type(entry["step"])(step) if isinstance(entry["step"], int) else entry["step"].fill_(step)
         self._scale.load_state_dict(dict(state))
         self._zero.override_loss_scale(float(self._scale.scale))
 
     def full_weights(self) -> dict[str, Tensor]:
         """Whole weights on rank 0, see `Engine`."""
-        weights = self._weights()
-        if not self.world.is_main:
-            return {}
-        return {name: value.detach().to("cpu", copy=True) for name, value in weights.items()}
+        weights = {}
+        for name, value in self._weights():
+            if self.world.is_main:
+                weights[name] = value.detach().to("cpu", copy=True)
+        return weights
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off and let go of its buffers."""
@@ -188,7 +206,9 @@ class DeepSpeedEngine:
         """
         for flat in self._flat_groups():
             self._zero.optimizer.state[flat] = {
-                "step": torch.zeros((), device=flat.device),
+                "step": torch.zeros((), device=flat.device)
+                if isinstance(self._zero.optimizer, torch.optim.AdamW)
+                else 0,
                 **{moment: torch.zeros_like(flat) for moment in _MOMENTS},
             }
         if self.stage < 3:
@@ -205,18 +225,20 @@ class DeepSpeedEngine:
         """Names of the task's parameters and persistent buffers."""
         return list(self.task.state_dict())
 
-    def _weights(self) -> dict[str, Tensor]:
-        """Whole weights and buffers on every rank."""
-        weights = dict(self.task.state_dict())
-        if self.stage < 3:
-            return weights  # fp32 weights are the masters' exact copies
-        for name, parameter in self._parameters.items():
-            if parameter.requires_grad:
-                weights[name] = safe_get_full_fp32_param(parameter)
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights and buffers, fp32, on every rank."""
+        for name, value in self.task.state_dict().items():
+            parameter = self._parameters.get(name)
+            if parameter is None or (self.stage < 3 and not self._half):
+                yield name, value  # fp32 weights are the masters' exact copies
+            elif parameter.requires_grad:
+                yield name, safe_get_full_fp32_param(parameter)
+            elif self._half:
+                yield name, self._frozen[name]
             else:  # the accessor skips frozen parameters
                 with deepspeed.zero.GatheredParameters([parameter]):
-                    weights[name] = parameter.detach().clone()
-        return weights
+                    whole = parameter.detach().clone()
+                yield name, whole
 
     def _set_weight(self, name: str, value: Tensor) -> None:
         """Write what the forward pass reads and the fp32 masters too: DeepSpeed's setter writes the masters only."""
@@ -225,6 +247,8 @@ class DeepSpeedEngine:
         if parameter is None:
             self.task.get_buffer(name).copy_(value)
             return
+        if name in self._frozen:
+            self._frozen[name].copy_(value)
         if self.stage < 3:
             parameter.data.copy_(value)
         else:
@@ -251,6 +275,84 @@ class DeepSpeedEngine:
             safe_set_local_optimizer_state(parameter, piece, moment)
 
 
+class ZeroStage0Engine(TorchEngine):
+    """ZeRO stage 0: DeepSpeed reduces the gradients, nothing is sharded. Everything else is as under DDP.
+
+    DeepSpeed's own step would clip before unscaling, and could not skip a step without waiting for the GPU; so the
+    step is `TorchEngine`'s.
+    """
+
+    def _wrap(self, task: nn.Module) -> nn.Module:
+        ensure_process_group(self.world)
+        os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))
+        hand_out(task, self.world)
+        return task
+
+    def _finish(self, config: Run) -> None:
+        self.wrapped, *_ = deepspeed.initialize(
+            model=_Autocast(self.task, config.engine.precision, self.world.device),
+            optimizer=self.optimizer,
+            config=deepspeed_config(config, self.world) | {"gradient_clipping": 0.0},
+            dist_init_required=False,
+        )
+
+    def __call__(self, batch: Any) -> Any:
+        """Forward pass, see `Engine`."""
+        return self.wrapped(batch)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Backward pass, see `Engine`."""
+        self.wrapped.set_gradient_accumulation_boundary(last)
+        self.wrapped.backward(loss * (self._scale.scale * self.world.size), scale_wrt_gas=False)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off and let go of its buffers."""
+        self.wrapped.destroy()
+        super().close()
+
+
+def _adamw(
+    parameters: Mapping[str, nn.Parameter], groups: Sequence[ParamGroup], optim: Optim, offload: bool
+) -> torch.optim.Optimizer:
+    """AdamW over the groups: torch's, or with `offload` DeepSpeed's vectorised one for the CPU if it can be built."""
+    param_groups = [
+        {"params": [parameters[name] for name in group.names], "weight_decay": group.weight_decay} for group in groups
+    ]
+    settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    if offload and (reason := why_no_cpu_adam()):
+        log.warning("offload_optimizer: %s; torch's AdamW steps on the CPU instead, slower", reason)
+    elif offload:
+        return DeepSpeedCPUAdam(param_groups, adamw_mode=True, **settings)
+    return torch.optim.AdamW(param_groups, fused=True, **settings)
+
+
+def why_no_cpu_adam() -> str | None:
+    """Why DeepSpeed's CPU AdamW cannot be had here; None if it can. Builds it at the first call: about a minute."""
+    compiler = os.environ.get("CXX", "c++")
+    for tool in (compiler, "ninja"):
+        if shutil.which(tool) is None:
+            return f"DeepSpeed compiles its CPU AdamW at first use, and there is no {tool}"
+    try:
+        CPUAdamBuilder().load(verbose=False)
+    except (RuntimeError, OSError, ImportError) as error:
+        return f"DeepSpeed's CPU AdamW did not compile ({str(error).splitlines()[0]})"
+    return None
+
+
+def _put_back(task: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Undo what DeepSpeed's fp16 did to buffers: the Fourier features of a prompt need fp32 coordinates."""
+    for name, buffer in buffers.items():
+        owner, _, key = name.rpartition(".")
+        task.get_submodule(owner)._buffers[key] = buffer
+
+
+def _lower_norm_inputs(task: nn.Module) -> None:
+    """Layer norms of half-precision weights get half-precision inputs: CPU autocast, unlike CUDA's, leaves them be."""
+    for module in task.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
+
+
 class _Autocast(nn.Module):
     """Enters autocast inside the module: DeepSpeed switches off what it finds around itself."""
 
@@ -268,21 +370,28 @@ class _Autocast(nn.Module):
 def deepspeed_config(config: Run, world: World) -> dict[str, Any]:
     """DeepSpeed's dictionary, generated: there is no second file of settings to keep in step."""
     on_gpu = world.device.type == "cuda"
+    settings = config.engine
+    zero: dict[str, Any] = {
+        "stage": settings.zero_stage,
+        "overlap_comm": on_gpu,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": _BUCKET_ELEMENTS,
+        "allgather_bucket_size": _BUCKET_ELEMENTS,
+    }
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
         # Only the engine's own counters use these; accumulation is driven by `last` in backward().
         "train_micro_batch_size_per_gpu": config.batch.micro,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.grad_clip or 0.0,  # absent means 1.0
-        "communication_data_type": "fp32",
+        "communication_data_type": settings.reduce_dtype,
         "data_types": {"grad_accum_dtype": "fp32"},
+        # The scale itself is set from outside, see the module's docstring.
+        "fp16": {"enabled": settings.precision == "deepspeed_fp16", "auto_cast": False},
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": config.engine.zero_stage,
-            "overlap_comm": on_gpu,
-            "contiguous_gradients": True,
-            "reduce_bucket_size": _BUCKET_ELEMENTS,
-            "allgather_bucket_size": _BUCKET_ELEMENTS,
-        },
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW may stand in for DeepSpeed's where nothing compiles
+        "zero_optimization": zero,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }

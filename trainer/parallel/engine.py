@@ -8,7 +8,7 @@ true gradient is the plain sum over micro-batches and ranks. Whatever a backend 
 this door. See docs/decisions/0004-engine-door.md and 0005-checkpoint-schema.md.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from trainer.config import Run
 from trainer.distributed import World
 from trainer.parallel.groups import ParamGroup as ParamGroup
 from trainer.parallel.groups import check_groups
-from trainer.parallel.torch_engine import DdpEngine, Fsdp2Engine
+from trainer.parallel.torch_engine import DdpEngine, Fsdp2Engine, HsdpEngine
 
 
 class Engine(Protocol):
@@ -60,6 +60,9 @@ class Engine(Protocol):
     def state_dict(self) -> dict[str, Tensor]:
         """All state by name, fp32, the same schema for every engine; values may be DTensors and share memory."""
 
+    def state_items(self) -> Iterator[tuple[str, Tensor]]:
+        """`state_dict` one entry at a time: what has to be gathered need not be whole all at once."""
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state, of any engine. A parameter without optimizer entries starts with zero moments, step 0."""
 
@@ -73,9 +76,9 @@ class Engine(Protocol):
 def build_engine(task: nn.Module, config: Run, groups: Sequence[ParamGroup], world: World) -> Engine:
     """The engine that `config.engine` asks for, with AdamW from `config.optim`, around `task`.
 
-    Rank 0's weights are everyone's. Frozen parameters have requires_grad=False by now and are in no group. The task
-    offers `shard_units()`, the modules that may be sharded and compiled on their own. Raises ValueError if the groups
-    are not exactly the trained parameters.
+    Rank 0's weights are everyone's; on other ranks the task may lie on the meta device. Frozen parameters have
+    requires_grad=False by now and are in no group. The task offers `shard_units()`, the modules that may be sharded and
+    compiled on their own. Raises ValueError if the groups are not exactly the trained parameters.
     """
     check_groups(task, groups)
     if config.engine.compile:
@@ -83,8 +86,9 @@ def build_engine(task: nn.Module, config: Run, groups: Sequence[ParamGroup], wor
             unit.compile()  # in place: no parameter changes its name
     if config.engine.kind == "deepspeed":
         # Here and not above: the import takes seconds, and only this engine needs the package.
-        from trainer.parallel.deepspeed_engine import DeepSpeedEngine
+        from trainer.parallel.deepspeed_engine import DeepSpeedEngine, ZeroStage0Engine
 
-        return DeepSpeedEngine(task, config, groups, world)
-    engine_class = DdpEngine if config.engine.kind == "ddp" else Fsdp2Engine
+        zero_class = DeepSpeedEngine if config.engine.zero_stage else ZeroStage0Engine
+        return zero_class(task, config, groups, world)
+    engine_class = {"ddp": DdpEngine, "fsdp2": Fsdp2Engine, "hsdp": HsdpEngine}[config.engine.kind]
     return engine_class(task, config, groups, world)

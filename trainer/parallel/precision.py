@@ -1,12 +1,33 @@
 """Autocast over fp32 weights, and the loss scale that fp16 needs: the same arithmetic under every engine."""
 
+import os
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Precision = Literal["fp32", "bf16", "fp16"]
-_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Precision = Literal["fp32", "bf16", "fp16", "deepspeed_fp16"]
+_DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "deepspeed_fp16": torch.float16,
+}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The type behind a name of the configuration."""
+    return _DTYPES[name]
+
+
+def make_deterministic() -> None:
+    """The same bits from the same run on the same hardware; operations that cannot raise an error that names them.
+
+    To be called before the first CUDA call, since cuBLAS reads its setting once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
@@ -16,7 +37,8 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     of a mask) without its history, and loses its gradient in the pass that counts (pytorch issues 65766, 112583); and
     the cache would keep alive what FSDP2 has freed. Nearly all weights are used once a pass and lose nothing by it.
     """
-    return torch.autocast(device.type, dtype=_DTYPES.get(precision), enabled=precision != "fp32", cache_enabled=False)
+    lowered = None if precision == "fp32" else dtype_of(precision)
+    return torch.autocast(device.type, dtype=lowered, enabled=lowered is not None, cache_enabled=False)
 
 
 class LossScale:
@@ -30,7 +52,7 @@ class LossScale:
     BACKOFF = 0.5
 
     def __init__(self, precision: Precision, initial: float, growth_steps: int, device: torch.device) -> None:
-        self.dynamic = precision == "fp16"
+        self.dynamic = precision in ("fp16", "deepspeed_fp16")
         self.growth_steps = growth_steps
         self.scale = torch.tensor(initial if self.dynamic else 1.0, device=device)
         self.growth_tracker = torch.zeros((), device=device)  # good steps since the scale last changed

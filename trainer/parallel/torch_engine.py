@@ -1,14 +1,14 @@
-"""PyTorch's own ways to train on several ranks: replicas (DDP, or one plain process) and shards (FSDP2)."""
+"""PyTorch's own ways to train on several ranks: replicas (DDP, or one plain process), shards (FSDP2), both (HSDP)."""
 
 import gc
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.config import Run
 from trainer.distributed import World, ensure_process_group
 from trainer.parallel.groups import ParamGroup
-from trainer.parallel.precision import LossScale, autocast
+from trainer.parallel.initial import fill_from_rank_0, hand_out, take_whole
+from trainer.parallel.precision import LossScale, autocast, dtype_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DDP_KEYWORDS = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -31,7 +32,9 @@ class TorchEngine:
         self.world = world
         self.precision = config.engine.precision
         self.grad_clip = config.optim.grad_clip
-        self.task = task.to(world.device)
+        self.task = task
+        self._reduce_dtype = dtype_of(config.engine.reduce_dtype)
+        self._shard_group_size = config.engine.shard_group_size or world.local_size  # HSDP only
         self.wrapped = self._wrap(self.task)
         parameters = dict(self.task.named_parameters())  # after wrapping: FSDP2 replaces them by shards
         self._lr_scales = [group.lr_scale for group in groups]
@@ -54,7 +57,11 @@ class TorchEngine:
         self._scale = LossScale(
             self.precision, config.engine.initial_loss_scale, config.engine.loss_scale_growth_steps, world.device
         )
+        self._finish(config)
         self.set_lr(config.optim.lr)
+
+    def _finish(self, config: Run) -> None:
+        """For a backend that wants to see the optimizer."""
 
     def _wrap(self, task: nn.Module) -> nn.Module:
         raise NotImplementedError
@@ -132,11 +139,16 @@ class TorchEngine:
 
     def state_dict(self) -> dict[str, Tensor]:
         """State by name, see `Engine`; shares memory with the live state."""
-        state = {f"model.{name}": value for name, value in self.task.state_dict().items()}
+        return dict(self.state_items())
+
+    def state_items(self) -> Iterator[tuple[str, Tensor]]:
+        """State by name, see `Engine`."""
+        for name, value in self.task.state_dict().items():
+            yield f"model.{name}", value
         for name, parameter in self._trained.items():
             for key, value in self.optimizer.state[parameter].items():
-                state[f"optim.{key}.{name}"] = value
-        return state | self._scale.state_dict()
+                yield f"optim.{key}.{name}", value
+        yield from self._scale.state_dict().items()
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -175,14 +187,19 @@ class DdpEngine(TorchEngine):
     """A replica per rank, gradients averaged in buckets during the backward pass. One process: the plain module."""
 
     def _wrap(self, task: nn.Module) -> nn.Module:
+        hand_out(task, self.world)
         if self.world.size == 1:
             return task
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             task,
             device_ids=[self.world.device.index] if self.world.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             **{_SYNC_BUFFERS: False},  # buffers are constants: rank 0's at the start are everyone's
         )
+        if self._reduce_dtype != torch.float32:
+            lowered = {torch.bfloat16: bf16_compress_hook, torch.float16: fp16_compress_hook}
+            wrapped.register_comm_hook(None, lowered[self._reduce_dtype])
+        return wrapped
 
     def __call__(self, batch: Any) -> Any:
         """Forward pass, see `Engine`."""
@@ -203,20 +220,41 @@ class Fsdp2Engine(TorchEngine):
 
     def _wrap(self, task: nn.Module) -> nn.Module:
         ensure_process_group(self.world)
-        for tensor in (*task.parameters(), *task.buffers()):
-            if self.world.size > 1:
-                dist.broadcast(tensor.detach(), src=0)  # as DDP and DeepSpeed do: rank 0's weights are everyone's
-        # A mesh of two dimensions, (nodes, ranks of a node), would make this HSDP.
-        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+        whole = take_whole(task, self.world)
+        mesh = self._mesh()
         # Weights travel and are kept in fp32; autocast lowers them where they are used, exactly as under DDP.
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(reduce_dtype=self._reduce_dtype)
         for unit in task.shard_units():
             fully_shard(unit, mesh=mesh, mp_policy=policy)
-        return fully_shard(task, mesh=mesh, mp_policy=policy)
+        wrapped = fully_shard(task, mesh=mesh, mp_policy=policy)
+        fill_from_rank_0(task, whole, self.world)
+        return wrapped
+
+    def _mesh(self) -> DeviceMesh:
+        return init_device_mesh(self.world.device.type, (self.world.size,))
 
     def _prepare_reduction(self, last: bool) -> None:
         self.wrapped.set_is_last_backward(last)
         self.wrapped.set_requires_gradient_sync(last)
+
+
+class HsdpEngine(Fsdp2Engine):
+    """Sharded inside groups of `engine.shard_group_size` ranks, replicated across them.
+
+    The parameters travel inside a node, where links are fast; across nodes only the gradients of a shard do. Zhao et
+    al. 2023 (PyTorch FSDP), section 3.2.2, "hybrid sharding".
+    """
+
+    def _mesh(self) -> DeviceMesh:
+        size = self._shard_group_size
+        if self.world.size % size:
+            raise ValueError(
+                f"engine.shard_group_size={size} does not divide {self.world.size} ranks; it is a node's "
+                f"{self.world.local_size} ranks when not given"
+            )
+        # Ranks of a node have consecutive numbers, so a row of the mesh lies inside one.
+        shape = (self.world.size // size, size)
+        return init_device_mesh(self.world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def _local(tensor: Tensor) -> Tensor:

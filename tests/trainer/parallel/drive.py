@@ -23,8 +23,11 @@ class Record:
     scale: float = 1.0
 
 
-def make_engine(world: World, kind: str, precision: str = "fp32", frozen: bool = False, **changes: Any) -> Engine:
-    task = ToyTask(frozen=frozen)
+def make_engine(
+    world: World, kind: str, precision: str = "fp32", frozen: bool = False, on_meta: bool = False, **changes: Any
+) -> Engine:
+    with torch.device("meta" if on_meta else "cpu"):
+        task = ToyTask(frozen=frozen)
     with torch.no_grad():
         for parameter in task.parameters():
             parameter.add_(float(world.rank))  # rank 0's weights must become everyone's

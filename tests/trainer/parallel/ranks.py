@@ -28,9 +28,13 @@ ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
     "fsdp2": {"kind": "fsdp2"},
     "zero2": {"kind": "deepspeed"},
-    # Not offered by the configuration yet; the engine knows them.
+    "hsdp": {"kind": "hsdp", "shard_group_size": 1},
+    "hsdp pairs": {"kind": "hsdp", "shard_group_size": 2},
+    "zero0": {"kind": "deepspeed", "zero_stage": 0},
     "zero1": {"kind": "deepspeed", "zero_stage": 1},
     "zero3": {"kind": "deepspeed", "zero_stage": 3},
+    "zero2 offload": {"kind": "deepspeed", "zero_stage": 2, "offload_optimizer": True},
+    "zero3 offload": {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": True},
 }
 FP16 = {"precision": "fp16", "initial_loss_scale": 1024.0}
 CASES: dict[str, dict[str, Any]] = {
@@ -39,15 +43,56 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16 clipped": {"precision": "bf16", "grad_clip": 0.5},
     "fp16 clipped": {**FP16, "grad_clip": 0.5},
 }
+# Not under every engine: DeepSpeed's own half precision, and gradients that travel in bf16.
+OWN_FP16 = {"precision": "deepspeed_fp16", "initial_loss_scale": 1024.0, "grad_clip": 0.5}
+LOW_REDUCE = {"precision": "bf16", "reduce_dtype": "bf16", "grad_clip": 0.5}
 STEPS = range(5)
 
 
 def train(world: World, engine_name: str, case: str, accumulation: int) -> Record:
     """A few steps from the start."""
-    engine = make_engine(world, **ENGINES[engine_name], **CASES[case])
+    return train_with(world, engine_name, CASES[case], accumulation)
+
+
+def train_with(world: World, engine_name: str, settings: dict[str, Any], accumulation: int = 2) -> Record:
+    engine = make_engine(world, **ENGINES[engine_name], **settings)
     record = run_steps(engine, world, STEPS, accumulation)
     engine.close()
     return record
+
+
+def own_fp16(world: World, engine_name: str, folder: Path) -> dict[str, Any]:
+    """DeepSpeed's own fp16: training, and a frozen part and a buffer that must not be rounded."""
+    record = train_with(world, engine_name, OWN_FP16)
+    engine = make_engine(world, frozen=True, **ENGINES[engine_name], **OWN_FP16)
+    half = {name for name, value in engine.task.named_parameters() if value.dtype == torch.float16}
+    state = whole_state(engine)
+    checkpointer = Checkpointer(folder / f"own_fp16_{engine_name}", keep_last=1, world=world)
+    run_steps(engine, world, range(2))
+    checkpointer.save(engine, RunState(step=2, samples_seen=16, phase=0))
+    saved = whole_state(engine)
+    engine.close()
+    other = make_engine(world, "fsdp2", "fp16", frozen=True)
+    checkpointer.load(checkpointer.newest(), other)
+    result = {
+        "record": record,
+        "half": sorted(half),
+        "fourier": state["model.fourier"],
+        "frozen": state["model.encoder.0.up.weight"],
+        "dtypes": {value.dtype for value in state.values()},
+        "not_loaded": different_keys(saved, whole_state(other)),
+    }
+    other.close()
+    return result
+
+
+def meta(world: World, engine_name: str) -> dict[str, Any]:
+    """Only rank 0 builds a task with numbers."""
+    engine = make_engine(world, on_meta=not world.is_main, **ENGINES[engine_name])
+    first = engine.full_weights()
+    record = run_steps(engine, world, STEPS)
+    engine.close()
+    return {"first": first, "record": record}
 
 
 def overflow(world: World, engine_name: str, precision: dict[str, Any]) -> dict[str, Any]:
@@ -151,6 +196,10 @@ def main(folder: Path, engine_names: list[str], relay_only: bool) -> None:
         results[f"overflow {name} fp16"] = overflow(world, name, FP16)
         results[f"overflow {name} fp32"] = overflow(world, name, {})
         results[f"phases {name}"] = phase_change(world, name, folder)
+        results[f"low reduce {name}"] = train_with(world, name, LOW_REDUCE)
+        results[f"meta {name}"] = meta(world, name)
+        if name in ("zero1", "zero2", "zero3"):
+            results[f"own fp16 {name}"] = own_fp16(world, name, folder)
     results["relay"] = relay(world, [*engine_names, "ddp"], folder)
     torch.save(results, folder / f"rank{world.rank}_of_{world.size}.pt")
     stop_world(world)
