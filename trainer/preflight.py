@@ -319,7 +319,9 @@ def measure_network(report: Report, world: Any) -> None:
     received = torch.empty_like(tensor)
 
     def exchange() -> None:
-        works = dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor, after), dist.P2POp(dist.irecv, received, before)])
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, tensor, after), dist.P2POp(dist.irecv, received, before)]
+        )
         for work in works:
             work.wait()
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from tests.conftest import pack_scenes
-from tests.trainer.tiny import mae_arguments, sam_arguments
+from tests.trainer.tiny import sam_arguments
 from trainer.config import load_config
 
 pytestmark = [

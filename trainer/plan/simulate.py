@@ -1,8 +1,8 @@
 """The real task on tensors without storage: counts parameters, FLOPs, bytes moved and bytes alive, part by part.
 
-Fake tensors say they live on a GPU, so the task takes the same branches as there. Two things must be told to believe in
-that GPU (`pretend_gpu`): autocast, and the choice of an attention kernel, which asks the device. Everything else is the
-code that trains.
+Everything but the choice of an attention kernel is the code that trains; that one asks the device, so it is replaced by
+what a GPU would choose (`pretend_gpu`). The tensors say they live on a CPU, because autograd asks the driver before it
+runs backward for a GPU. What differs there: autocast keeps a few more results in fp32 on a GPU (layer norms).
 
 Letters as in sam_task.py: B images, M masks an image, R rounds.
 """
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import attention
 from model.mae import random_masking
 from trainer.config import Config, MaeConfig, SamConfig
 from trainer.data.batches import Batch, MaeBatch, SamBatch
@@ -53,15 +54,21 @@ class Simulation:
 
 @contextmanager
 def pretend_gpu() -> Iterator[None]:
-    """Inside, new tensors are fake and on a GPU that need not be there."""
+    """Inside, new tensors are fake, and attention is what it would be on a GPU."""
     with ExitStack() as stack:
-        stack.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
-        stack.enter_context(patch("torch.cuda.is_bf16_supported", lambda *_: True))
-        stack.enter_context(patch("torch.nn.functional.scaled_dot_product_attention", gpu_attention))
+        stack.enter_context(patch("model.attention.attend", gpu_attend))
+        stack.enter_context(patch("model.two_way_transformer.masked_attention", gpu_attention))
         stack.enter_context(without_initialisation())
         stack.enter_context(FakeTensorMode())
-        stack.enter_context(torch.device("cuda"))
         yield
+
+
+def gpu_attend(q: Tensor, k: Tensor, v: Tensor, rel_pos: tuple[Tensor, Tensor] | None, grid: tuple[int, int]) -> Tensor:
+    """`model.attention.attend` without its exception for CPUs."""
+    if rel_pos is None:
+        return gpu_attention(q, k, v)
+    with patch("torch.nn.functional.scaled_dot_product_attention", gpu_attention):
+        return attention.fused_attention(q, k, v, *rel_pos, grid)
 
 
 @contextmanager
@@ -78,8 +85,8 @@ def gpu_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """The kernel that a GPU would choose: flash in half precision without a mask, else the memory-efficient one."""
-    if torch.is_autocast_enabled("cuda"):
-        q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
     if attn_mask is None and q.dtype != torch.float32:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
     bias = None
@@ -128,7 +135,7 @@ class Watch(TorchDispatchMode):
         return out
 
 
-def fake_batch(config: Config, images: int, masks: int, device: str = "cuda") -> Batch:
+def fake_batch(config: Config, images: int, masks: int, device: str = "cpu") -> Batch:
     """A batch of the right shapes and types, with undefined values."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -203,7 +210,7 @@ def simulate(config: Config, images: int = 1, masks: int = 1) -> Simulation:
     rounds = config.prompts.rounds if isinstance(config, SamConfig) else 1
     with pretend_gpu():
         task, batch, watch = fake_task(config), fake_batch(config, images, masks), Watch()
-        device = torch.device("cuda")
+        device = torch.device("cpu")
         with watch, autocast(config.engine.precision, device):
             for parameter in task.parameters():
                 if parameter.requires_grad:
