@@ -8,7 +8,7 @@
 
 set -u
 cd "$PROJECT" || exit 2
-PYTHON=.venv/bin/python
+PYTHON=${PYTHON:-.venv/bin/python}
 LOGS=runs/slurm/$SLURM_JOB_NAME-$SLURM_JOB_ID
 mkdir -p "$LOGS" || exit 2                           # Slurm makes no folders for logs
 

@@ -237,7 +237,6 @@ def check_device(config: Config, report: Report, world: Any) -> None:
     source = torch.randn(16 << 20).pin_memory() if on_gpu else torch.randn(4 << 20)
     target = torch.empty_like(source, device=device)
     report.measured["copy GB/s"] = source.numel() * 4 / timed(lambda: target.copy_(source), device) / 1e9
-    del a, source, target
     if not on_gpu:
         report.rows.append(Row("GPU", True, "none: this process would train on the CPU"))
         return
@@ -357,6 +356,7 @@ def judge_reports(reports: list[Report], nodes: list[str], tasks_per_node: int) 
     for name, report, row in [*other_versions(reports), *slow_ones(reports)]:
         rows.append((f"{report.node} rank {report.rank}", row))
         bad.setdefault(report.node, name)
+    rows += [("all", row) for row in spread(reports)]
     failed = [row for _, row in rows if not row.ok]
     all_nodes = set(nodes) | set(counts)
     if any(row.scope == "run" for row in failed):
@@ -397,6 +397,16 @@ def slow_ones(reports: list[Report]) -> list[tuple[str, Report, Row]]:
     return found
 
 
+def spread(reports: list[Report]) -> list[Row]:
+    """What was measured, over all processes."""
+    rows = []
+    for name in sorted({name for report in reports for name in report.measured}):
+        values = [report.measured[name] for report in reports if name in report.measured]
+        text = f"least {min(values):.3g}, median {statistics.median(values):.3g}, most {max(values):.3g}"
+        rows.append(Row(name, True, text))
+    return rows
+
+
 def show(verdict: Verdict, bad_nodes: Path | None) -> int:
     """Print failures in full and what is fine once a check; return the exit code."""
     lines, shown = [], set()
@@ -404,9 +414,9 @@ def show(verdict: Verdict, bad_nodes: Path | None) -> int:
         if row.ok and row.check in shown:
             continue
         shown.add(row.check)
-        lines.append(f"{'ok  ' if row.ok else 'FAIL'}  {row.check:<16} {where:<18} {row.found}")
+        lines.append(f"{'ok  ' if row.ok else 'FAIL'}  {row.check:<24} {where:<18} {row.found}")
         if not row.ok:
-            lines.append(f"      {'':<16} {'':<18} -> {row.advice}")
+            lines.append(f"      {'':<24} {'':<18} -> {row.advice}")
     print("\n".join(lines))
     if bad_nodes is not None and verdict.bad_nodes:
         bad_nodes.write_text("".join(f"{node}\n" for node in verdict.bad_nodes))

@@ -103,9 +103,8 @@ def report_roofline(config: Config, gpu: Gpu, gpus: int) -> float:
     print(f"\nLeast time for one image with {masks} masks on one {gpu.name}, recomputing as configured")
     for name, part in (("encoder", encoder), ("decoder", decoder)):
         bound = "arithmetic" if part.by_flops > part.by_bytes else "memory"
-        print(
-            f"  {name:<12} {part.by_flops * 1e3:8.1f} ms of FLOPs {part.by_bytes * 1e3:8.1f} ms of bytes: {bound}-bound"
-        )
+        flops, moved = part.by_flops * 1e3, part.by_bytes * 1e3
+        print(f"  {name:<12} {flops:8.1f} ms of FLOPs {moved:8.1f} ms of bytes (eager kernels): {bound}-bound")
     return -(-config.batch.global_size // gpus) * (encoder.seconds + decoder.seconds)
 
 
@@ -113,7 +112,7 @@ def report_flow(config: Config, options: argparse.Namespace, gpu: Gpu, step: tim
     """What moves: between GPUs, from disk, to disk."""
     shape = memory.shape_of_cached(config)
     gpus, per_node = options.gpus, options.gpus_per_node
-    num_micro = -(-(-(-config.batch.global_size // gpus)) // config.batch.micro)
+    num_micro = timing.num_micro_batches(config, gpus)
     print(f"\nTraffic a GPU sends in a step ({num_micro} micro-batches)")
     for sharding in memory.SHARDINGS:
         flow = timing.traffic(sharding, 4.0 * shape.num_parameters, gpus, per_node, num_micro, gpu)
@@ -123,9 +122,7 @@ def report_flow(config: Config, options: argparse.Namespace, gpu: Gpu, step: tim
         )
     read = timing.reading(config, step, gpus, per_node)
     size, seconds = timing.checkpoint(shape.num_parameters, -(-gpus // per_node))
-    print(
-        f"\nReading    {read.images_per_second_node:.1f} images/s a node: {read.cores_node:.1f} cores (docs/performance.md)"
-    )
+    print(f"\nReading    {read.images_per_second_node:.1f} images/s a node: {read.cores_node:.1f} cores")
     print(f"Checkpoint {size / 1e9:.2f} GB, {seconds:.1f} s at 2 GB/s a node")
 
 

@@ -72,7 +72,7 @@ def count_decoder(sam: Sam, embedding: torch.Tensor, points: int) -> float:
 
 
 def tokens_of_rounds(config: SamConfig) -> list[float]:
-    """Tokens in each round as published: one more with every click. Which middle rounds have none is drawn: the mean."""
+    """Tokens in each round as published: one more with every click; the mean over which middle rounds have none."""
     rounds, without = config.prompts.rounds, config.prompts.rounds_without_click
     if rounds == 1:
         return [FIRST_TOKENS]

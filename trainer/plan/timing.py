@@ -84,8 +84,15 @@ class Traffic:
     overlap: str
 
 
-def traffic(sharding: str, parameter_bytes: float, num_ranks: int, ranks_of_node: int, num_micro: int, gpu: Gpu):
-    """Ring collectives of fp32 values. Where ranks span nodes, a flat ring is as fast as its slowest link."""
+def num_micro_batches(config: Config, num_gpus: int) -> int:
+    images = -(-config.batch.global_size // num_gpus)
+    return -(-images // config.batch.micro)
+
+
+def traffic(
+    sharding: str, parameter_bytes: float, num_ranks: int, ranks_of_node: int, num_micro: int, gpu: Gpu
+) -> Traffic:
+    """Ring collectives of fp32 values, `num_micro` forward passes a step."""
 
     def ring(num: int) -> float:  # of one all-gather or one reduce-scatter
         return parameter_bytes * (num - 1) / num if num > 1 else 0.0
@@ -94,7 +101,7 @@ def traffic(sharding: str, parameter_bytes: float, num_ranks: int, ranks_of_node
     nodes = -(-num_ranks // ranks_of_node)
     overlap = "gradients travel during the backward pass"
     if sharding == "hsdp":
-        inside = ring(local) * (2 + 1) * num_micro
+        inside = ring(local) * (2 + 1) * num_micro  # gathered for the forward and the backward pass, then reduced
         between = 2 * ring(nodes) / local
         overlap = "blocks are gathered ahead of the pass that needs them; gradients travel during the backward pass"
     else:
@@ -110,7 +117,8 @@ def traffic(sharding: str, parameter_bytes: float, num_ranks: int, ranks_of_node
             overlap = "blocks are gathered ahead of the pass that needs them; gradients travel during the backward pass"
         elif sharding in ("zero1", "zero2"):
             overlap = "gradients travel during the backward pass; the new weights after the step, alone"
-        inside, between = (flat, 0.0) if nodes == 1 else (0.0, flat)
+        # As many rings as a node has GPUs, each crossing its border once: every link carries its share.
+        inside, between = flat, 0.0 if nodes == 1 else flat / local
     return Traffic(inside, between, inside / gpu.node_bandwidth, between / gpu.network_bandwidth, overlap)
 
 
