@@ -159,38 +159,6 @@ def uninterrupted(cluster: Cluster, packed: dict[str, Path], steps: int) -> dict
     return run.sequence()
 
 
-def test_preempted_then_a_node_dies_then_the_time_limit(cluster, packed):
-    """One job meets all three, goes on each time, and ends complete."""
-    run = Run(cluster, packed, "hunted", "checkpoint.every_steps=20")
-    job = cluster.sbatch(
-        "launch/sam_vith.slurm", options=("--time=30", "--signal=USR1@30"), CONFIG=str(run.config), PREFLIGHT="0"
-    )
-    cluster.wait(job, "first steps", lambda: run.last_step() >= 30)
-
-    high = cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1").strip()
-    cluster.wait_state(job, "PENDING")
-    saved = run.saved_step()
-    assert saved % 20 or saved >= 40, "it saved when it was told to go"
-    cluster.wait_state(high, "COMPLETED")
-
-    cluster.wait(job, "steps after preemption", lambda: run.last_step() >= saved + 25)
-    cluster.run(str(CLUSTER), "kill-node", str(cluster.directory), "n1")
-    cluster.wait_state(job, "PENDING")  # by the script's or by Slurm's own doing
-    saved = run.saved_step()
-    cluster.run(str(CLUSTER), "start-node", str(cluster.directory), "n1")
-
-    cluster.wait(job, "steps after the node's death", lambda: run.last_step() >= saved + 25)
-    restarts = int(cluster.show(job)["Restarts"])
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    cluster.wait(job, "time limit", lambda: cluster.state(job) == "PENDING")
-    saved = run.saved_step()
-    run.set_steps(saved + 5)
-    cluster.wait_state(job, "COMPLETED")
-    assert int(cluster.show(job)["Restarts"]) == restarts + 1
-    assert "SIGUSR1: saving" in cluster.log(job)
-    assert run.sequence() == uninterrupted(cluster, packed, saved + 5)
-
-
 def test_a_bad_node_is_excluded_and_the_job_goes_elsewhere(cluster, packed):
     """One node has another numpy: preflight says so, and the requeued job avoids it."""
     run = Run(cluster, packed, "elsewhere")
@@ -264,3 +232,36 @@ def test_packing_as_an_array_of_jobs_and_the_join(cluster, tmp_path):
     join = cluster.run("sbatch", "--parsable", *small, *after, "launch/pack_sa1b.slurm", "join", **variables).strip()
     cluster.wait_state(join, "COMPLETED")
     assert sum(shard["num_samples"] for shard in json.loads((packed / "manifest.json").read_text())["shards"]) == 6
+
+
+def test_preempted_then_a_node_dies_then_the_time_limit(cluster, packed):
+    """One job meets all three, goes on each time, and ends complete."""
+    run = Run(cluster, packed, "hunted", "checkpoint.every_steps=20")
+    job = cluster.sbatch(
+        "launch/sam_vith.slurm", options=("--time=30", "--signal=USR1@30"), CONFIG=str(run.config), PREFLIGHT="0"
+    )
+    cluster.wait(job, "first steps", lambda: run.last_step() >= 30)
+
+    high = cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1").strip()
+    cluster.wait_state(job, "PENDING")
+    saved = run.saved_step()
+    assert saved % 20 or saved >= 40, "it saved when it was told to go"
+    cluster.wait_state(high, "COMPLETED")
+
+    cluster.wait(job, "steps after preemption", lambda: run.last_step() >= saved + 25)
+    cluster.run(str(CLUSTER), "kill-node", str(cluster.directory), "n1")
+    cluster.wait_state(job, "PENDING")  # by the script's or by Slurm's own doing
+    saved = run.saved_step()
+    cluster.run(str(CLUSTER), "start-node", str(cluster.directory), "n1")
+
+    cluster.wait(job, "steps after the node's death", lambda: run.last_step() >= saved + 25)
+    restarts = int(cluster.show(job)["Restarts"])
+    minutes, seconds = map(int, cluster.show(job)["RunTime"].split(":")[-2:])
+    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + (seconds > 0) + 2}")
+    cluster.wait(job, "time limit", lambda: cluster.state(job) == "PENDING")
+    saved = run.saved_step()
+    run.set_steps(saved + 5)
+    cluster.wait_state(job, "COMPLETED")
+    assert int(cluster.show(job)["Restarts"]) == restarts + 1
+    assert "SIGUSR1: saving" in cluster.log(job)
+    assert run.sequence() == uninterrupted(cluster, packed, saved + 5)
