@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real Slurm of two nodes on this machine, for the tests: slurmctld, two slurmd, munge. Root only.
+# A real Slurm of three nodes on this machine, for the tests: slurmctld, three slurmd, munge. Root only.
 #
 #   tests/slurm/cluster.sh start DIR      # then: export SLURM_CONF=DIR/slurm.conf
 #   tests/slurm/cluster.sh kill-node DIR n1    # as a machine that loses power: daemon, step daemons, processes
@@ -46,6 +46,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=n0 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((PORT + 1)) CPUs=16 RealMemory=8000 Gres=gpu:8
 NodeName=n1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((PORT + 2)) CPUs=16 RealMemory=8000 Gres=gpu:8
+NodeName=n2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((PORT + 3)) CPUs=16 RealMemory=8000 Gres=gpu:8
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=40
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 CONF
@@ -69,8 +70,9 @@ start() {
     slurmctld -c -f "$DIR/slurm.conf"
     start_node n0
     start_node n1
+    start_node n2
     for _ in $(seq 60); do
-        [ "$(sinfo --noheader --partition=low --states=idle --format=%D 2> /dev/null)" = 2 ] && return 0
+        [ "$(sinfo --noheader --partition=low --states=idle --format=%D 2> /dev/null)" = 3 ] && return 0
         sleep 0.5
     done
     echo "the nodes did not come up:" >&2
@@ -118,6 +120,7 @@ stop() {
     local file
     kill_node n0 2> /dev/null || true
     kill_node n1 2> /dev/null || true
+    kill_node n2 2> /dev/null || true
     for file in "$DIR/slurmctld.pid" "$DIR/munge/pid"; do
         if [ -s "$file" ]; then kill "$(cat "$file")" 2> /dev/null || true; fi
     done

@@ -128,6 +128,7 @@ def test_more_shards_never_need_more_memory_and_one_rank_needs_all():
     assert memory.states("fsdp2", shape, 250, 8).states == 64
 
 
+@pytest.mark.slow
 def test_what_fits_is_the_edge():
     config = config_of("sam_tiny")
     capacity = 2 * 2**30

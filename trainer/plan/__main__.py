@@ -19,7 +19,6 @@ from trainer.plan import dry_run, memory, timing
 from trainer.plan.count import Work, count_work
 from trainer.plan.hardware import GPUS, Gpu
 from trainer.plan.plot import plot
-from trainer.plan.simulate import simulate
 
 GIB = 2.0**30
 
@@ -98,8 +97,7 @@ def report_time(config: Config, options: argparse.Namespace, gpu: Gpu, work: Wor
 def report_roofline(config: Config, gpu: Gpu, gpus: int) -> float:
     """Least seconds of a rank's share of a step."""
     masks = memory.masks_of(config)
-    few = simulate(config, 1, masks)
-    encoder, decoder = timing.step_roofline(config, few, gpu)
+    encoder, decoder = timing.step_roofline(config, memory.activations(config), masks, gpu)
     print(f"\nLeast time for one image with {masks} masks on one {gpu.name}, recomputing as configured")
     for name, part in (("encoder", encoder), ("decoder", decoder)):
         bound = "arithmetic" if part.by_flops > part.by_bytes else "memory"
@@ -110,7 +108,7 @@ def report_roofline(config: Config, gpu: Gpu, gpus: int) -> float:
 
 def report_flow(config: Config, options: argparse.Namespace, gpu: Gpu, step: timing.Step) -> None:
     """What moves: between GPUs, from disk, to disk."""
-    shape = memory.shape_of_cached(config)
+    shape = memory.shape_of(config)
     gpus, per_node = options.gpus, options.gpus_per_node
     num_micro = timing.num_micro_batches(config, gpus)
     print(f"\nTraffic a GPU sends in a step ({num_micro} micro-batches)")

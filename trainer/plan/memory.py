@@ -4,6 +4,7 @@ States are closed forms (checked against real processes in tests/trainer/test_pl
 task on fake tensors (simulate.py). Letters: N trained parameters, S ranks that share a shard, B images, M masks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -16,6 +17,8 @@ ZERO_BUCKET = 2 * 50_000_000 * FP32  # two of trainer/parallel/deepspeed_engine.
 ZERO3_LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: so many stay gathered between uses
 WORKSPACE = 0.6 * 2**30  # CUDA context's share in the process, cuBLAS and NCCL buffers (an allowance, not measured)
 FRAGMENTATION = 1.03  # of activations: the allocator's rounding (an allowance, not measured)
+
+FEW = 2  # masks of a simulation
 
 SHARDINGS = ("ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
 
@@ -59,6 +62,12 @@ def sharding_of(config: Config) -> str:
 
 
 def shape_of(config: Config) -> Shape:
+    """Counts of the network; how it is trained does not matter."""
+    return _shape_of(with_recompute(config, False, False))
+
+
+@lru_cache(maxsize=8)
+def _shape_of(config: Config) -> Shape:
     with pretend_gpu():
         task = fake_task(config)
         units = [sum(p.numel() for p in unit.parameters()) for unit in task.shard_units()]
@@ -108,32 +117,48 @@ class Activations:
     points: tuple[tuple[int, int, Simulation], ...]  # (B, M, simulation): (1, m), (2, m), (1, 2 m)
     rounds: int
 
-    def at(self, images: int, masks: int) -> tuple[float, float, float]:
-        """(encoder, rounds, working) bytes. Exact at the three points, linear between and beyond."""
+    def along(self, read: Callable[[Simulation], float], images: int, masks: int) -> float:
+        """A number of the simulation for so many images and masks; exact at the three points, linear beyond."""
         (_, few, base), (_, _, twice), (_, _, more) = self.points
+        by_image = read(twice) - read(base)
+        by_mask = (read(more) - read(base)) / few if few else 0.0  # of one image
+        return read(base) + (images - 1) * by_image + images * (masks - few) * by_mask
 
-        def along(read) -> float:
-            by_image = read(twice) - read(base)
-            by_mask = (read(more) - read(base)) / few if few else 0.0  # of one image
-            return read(base) + (images - 1) * by_image + images * (masks - few) * by_mask
+    def at(self, images: int, masks: int) -> tuple[float, float, float]:
+        """(encoder, rounds, working) bytes."""
+
+        def along(read: Callable[[Simulation], float]) -> float:
+            return self.along(read, images, masks)
 
         encoder = along(lambda s: s.encoder.saved_bytes)
         decoder = along(lambda s: s.decoder.saved_bytes) * self.rounds
-        embedding = along(lambda s: s.output_bytes)
         # While rounds run, everything is saved; when the encoder's backward starts, the rounds are gone.
         in_rounds = encoder + decoder + along(lambda s: s.decoder.extra_bytes)
         in_encoder = encoder + along(lambda s: s.encoder.extra_bytes)
-        return encoder, decoder, max(in_rounds, in_encoder) - encoder - decoder + embedding
+        working = max(in_rounds, in_encoder) - encoder - decoder + along(lambda s: s.output_bytes)
+        return encoder, decoder, working
 
 
 @lru_cache(maxsize=8)
 def activations(config: Config) -> Activations:
     """Three simulations; a few masks say as much as many, since everything is linear in them."""
+    blocks = config.engine.activation_checkpointing == "block"
     if not isinstance(config, SamConfig):
-        return Activations(((1, 0, one := simulate(config, 1)), (2, 0, simulate(config, 2)), (1, 0, one)), 1)
-    few = 2
-    points = ((1, few), (2, few), (1, 2 * few))
-    return Activations(tuple((b, m, simulate(config, b, m)) for b, m in points), config.prompts.rounds)
+        one, two = (simulated(with_recompute(config, blocks, blocks), images, 0) for images in (1, 2))
+        return Activations(((1, 0, one), (2, 0, two), (1, 0, one)), 1)
+    rounds = config.engine.checkpoint_rounds
+    points = []
+    for images, masks in ((1, FEW), (2, FEW), (1, 2 * FEW)):
+        # What the encoder does not recompute changes nothing for the rounds, so two variants serve for all four.
+        encoder = simulated(with_recompute(config, blocks, blocks), images, masks)
+        decoder = simulated(with_recompute(config, rounds, rounds), images, masks)
+        points.append((images, masks, replace(encoder, decoder=decoder.decoder)))
+    return Activations(tuple(points), config.prompts.rounds)
+
+
+@lru_cache(maxsize=32)
+def simulated(config: Config, images: int, masks: int) -> Simulation:
+    return simulate(config, images, masks)
 
 
 def masks_of(config: Config) -> int:
@@ -151,7 +176,7 @@ def estimate(
     """Memory of one GPU; what is not given is the config's. No rank holds more than the largest micro-batch."""
     images = config.batch.micro if images is None else images
     masks = masks_of(config) if masks is None else masks
-    held = states(sharding or sharding_of(config), shape_of_cached(config), num_ranks, ranks_of_node)
+    held = states(sharding or sharding_of(config), shape_of(config), num_ranks, ranks_of_node)
     encoder, rounds, working = activations(config).at(images, masks)
     return replace(
         held, encoder=encoder * FRAGMENTATION, rounds=rounds * FRAGMENTATION, working=working * FRAGMENTATION
@@ -159,10 +184,6 @@ def estimate(
 
 
 @lru_cache(maxsize=8)
-def shape_of_cached(config: Config) -> Shape:
-    return shape_of(config)
-
-
 def with_recompute(config: Config, blocks: bool, rounds: bool) -> Config:
     """The same run, recomputing the encoder's blocks and the prompt rounds or not."""
     engine = config.engine.model_copy(

@@ -18,7 +18,7 @@ MFU = 0.4  # if none is given
 
 def points(config: Config, gpu: Gpu, gpus_per_node: int, mfu: float | None) -> list[tuple[float, float]]:
     """(seconds a step, hours) for each of SIZES. Communication that outlasts the backward pass is added."""
-    work, shape = count_work(config), memory.shape_of_cached(config)
+    work, shape = count_work(config), memory.shape_of(config)
     found = []
     for size in SIZES:
         step = timing.step_time(work, size, config.batch.global_size, gpu, mfu or MFU)

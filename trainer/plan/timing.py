@@ -5,12 +5,14 @@ same step has the same utilisation in every implementation. This one computes 5 
 padding) and a little more for relative position inside the fused kernel.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from trainer.config import Config, SamConfig
 from trainer.optim import phase_ends
 from trainer.plan.count import Work, count_work
 from trainer.plan.hardware import Gpu
+from trainer.plan.memory import Activations
 from trainer.plan.simulate import Part, Simulation
 
 SA1B_IMAGES, IMAGENET_IMAGES = 11_185_362, 1_281_167  # until there is a packed data set to count
@@ -31,17 +33,16 @@ class Roofline:
         return max(self.by_flops, self.by_bytes)
 
 
-def roofline(part: Part, times: float, gpu: Gpu) -> Roofline:
-    return Roofline(
-        times * (part.flops + part.backward_flops) / gpu.peak_flops,
-        times * (part.bytes_moved + part.backward_bytes_moved) / gpu.memory_bandwidth,
-    )
-
-
-def step_roofline(config: Config, simulation: Simulation, gpu: Gpu) -> tuple[Roofline, Roofline]:
-    """Encoder and all rounds, for the simulated micro-batch."""
+def step_roofline(config: Config, costs: Activations, masks: int, gpu: Gpu) -> tuple[Roofline, Roofline]:
+    """Encoder and all rounds for one image."""
     rounds = config.prompts.rounds if isinstance(config, SamConfig) else 1
-    return roofline(simulation.encoder, 1, gpu), roofline(simulation.decoder, rounds, gpu)
+
+    def bound(part_of: Callable[[Simulation], Part], times: int) -> Roofline:
+        flops = costs.along(lambda s: part_of(s).flops + part_of(s).backward_flops, 1, masks)
+        moved = costs.along(lambda s: part_of(s).bytes_moved + part_of(s).backward_bytes_moved, 1, masks)
+        return Roofline(times * flops / gpu.peak_flops, times * moved / gpu.memory_bandwidth)
+
+    return bound(lambda s: s.encoder, 1), bound(lambda s: s.decoder, rounds)
 
 
 @dataclass(frozen=True)
