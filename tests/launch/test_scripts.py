@@ -33,6 +33,7 @@ def slurm(tmp_path):
     """Run a batch script in a false checkout with a false srun and scontrol; returns (exit code, log, calls)."""
     project, programs, calls = tmp_path / "project", tmp_path / "bin", tmp_path / "calls"
     (project / ".venv/bin").mkdir(parents=True)
+    (project / "launch").symlink_to(ROOT / "launch")
     programs.mkdir()
     calls.touch()
 
@@ -40,13 +41,16 @@ def slurm(tmp_path):
         path.write_text(f'#!/bin/bash\necho "{path.name} $*" >> {calls}\n{text}\n')
         path.chmod(0o755)
 
-    def run(script: str, arguments: list[str], code: int = 0, state: str = "RUNNING", **variables: str):
-        program(programs / "srun", f"exit {code}")
-        shown = (
-            f'case "$*" in *hostnames*) echo n0; echo n1;; *"show job"*) echo JobId=7 JobState={state} Reason=x;; esac'
-        )
+    def run(
+        script: str, arguments: list[str], code: int = 0, state: str = "RUNNING", judged: int = 0, **variables: str
+    ):
+        program(programs / "srun", f'case "$*" in *trainer.train*) exit {code};; esac')
+        job = f"JobId=7 JobState={state} ExcNodeList=n9 Reason=x"
+        shown = f'case "$*" in *hostnames*) echo n0; echo n1;; *"show job"*) echo {job};; esac'
         program(programs / "scontrol", shown)
-        program(project / ".venv/bin/python", "true")
+        # The preflight's answers: the newest step, and on judging the names of bad nodes.
+        judge = f"echo n1 > runs/slurm/job-7/bad_nodes; exit {judged}" if judged == 1 else f"exit {judged}"
+        program(project / ".venv/bin/python", f'case "$*" in *--print-step*) echo 5;; *--judge*) {judge};; esac')
         environment = {
             "PATH": f"{programs}:{os.environ['PATH']}",
             "SLURM_SUBMIT_DIR": str(project),
@@ -69,7 +73,9 @@ def slurm(tmp_path):
 def test_job_starts_the_trainer_with_config_engine_and_overrides(slurm, stage):
     code, _, calls = slurm(f"{stage}_vith.slurm", ["optim.lr=4e-4", "log.every_steps=7"], ENGINE="deepspeed")
     assert code == 0
-    (srun,) = [shlex.split(call) for call in calls if call.startswith("srun")]
+    preflight, srun = [shlex.split(call) for call in calls if call.startswith("srun")]
+    assert preflight[preflight.index("-m") + 1] == "trainer.preflight"
+    assert f"launch/configs/{stage}_vith.yaml" in preflight
     start = srun.index("-m")
     assert srun[start:] == [
         "-m",
@@ -84,12 +90,49 @@ def test_job_starts_the_trainer_with_config_engine_and_overrides(slurm, stage):
 
 
 @pytest.mark.parametrize(
-    "code, state, queued", [(75, "RUNNING", True), (75, "CANCELLED", False), (1, "RUNNING", False)]
+    "code, state, queued",
+    [
+        (75, "RUNNING", True),  # saved on a signal
+        (75, "CANCELLED", False),
+        (1, "RUNNING", True),  # a crash, perhaps of a node that Slurm has not missed yet; the guard ends it
+        (137, "RUNNING", True),
+        (2, "RUNNING", False),  # wrong settings stay wrong
+        (0, "RUNNING", False),
+    ],
 )
-def test_only_a_job_that_was_stopped_and_saved_is_queued_again(slurm, code, state, queued):
+def test_a_job_is_queued_again_after_a_signal_or_a_crash(slurm, code, state, queued):
     exit_code, log, calls = slurm("sam_vith.slurm", [], code, state)
     assert ("scontrol requeue 7" in calls) == queued
     assert exit_code == (0 if queued else code), log
+
+
+def test_the_guard_counts_starts_without_a_step(slurm):
+    for _ in range(3):
+        code, log, calls = slurm("sam_vith.slurm", [], code=1)
+        assert code == 0
+        assert "giving up" not in log
+    num_calls = len(calls)
+    code, log, calls = slurm("sam_vith.slurm", [], code=1)  # the fourth start at step 5
+    assert code == 1
+    assert "giving up: 3 starts at step 5" in log
+    assert not any(call.startswith(("srun", "scontrol requeue")) for call in calls[num_calls:])
+
+
+def test_bad_nodes_are_excluded_beside_those_excluded_before(slurm):
+    code, log, calls = slurm("sam_vith.slurm", [], judged=1)
+    assert code == 0
+    assert "bad nodes: n1" in log
+    held, updated, released = [call for call in calls if "hold" in call or "update" in call or "release" in call]
+    assert held == "scontrol requeuehold 7"
+    assert updated == "scontrol update JobId=7 ExcNodeList=n9,n1"
+    assert released == "scontrol release 7"
+    assert not any("trainer.train" in call for call in calls)
+
+
+def test_wrong_settings_found_by_preflight_end_the_job(slurm):
+    code, _, calls = slurm("sam_vith.slurm", [], judged=2)
+    assert code == 2
+    assert not any("trainer.train" in call or "requeue" in call for call in calls)
 
 
 def test_packing_gives_each_task_its_tar(slurm):
@@ -129,7 +172,12 @@ def test_packer_takes_the_options_that_the_script_gives():
 def test_readme_commands_name_modules_and_files_that_exist():
     modules = set(re.findall(r"(?:-m|--module) ((?:trainer|data_tools|model)[\w.]*)", README))
     assert {"trainer.train", "trainer.evaluate", "trainer.export", "data_tools.pack"} <= modules
-    missing = [name for name in modules if not (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()]
+    missing = [
+        name
+        for name in modules
+        if not (path := ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
+        and not (path / "__main__.py").is_file()
+    ]
     missing += [
         name for name in set(re.findall(r"launch/[\w./]+\.(?:yaml|slurm)", README)) if not (ROOT / name).is_file()
     ]

@@ -1,0 +1,208 @@
+"""The plan against published figures, real processes, and itself."""
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.launch_ranks import launch_ranks
+from trainer.config import Config, load_config
+from trainer.plan import dry_run, memory, timing
+from trainer.plan.__main__ import main
+from trainer.plan.count import count_work
+from trainer.plan.hardware import GPUS, gpu_named
+from trainer.plan.simulate import Watch, simulate
+
+CONFIGS = Path(__file__).parents[2] / "launch/configs"
+A100 = GPUS["a100-80gb"]
+PAPER = ("prompts.rounds=11", "prompts.rounds_without_click=2")  # SAM, App. A
+
+
+def config_of(name: str, *overrides: str) -> Config:
+    return load_config(CONFIGS / f"{name}.yaml", overrides, check_paths=False)
+
+
+# ----------------------------------------------------------------------------------------------------- FLOPs, time
+
+
+@pytest.fixture(scope="module")
+def published():
+    return count_work(config_of("sam_vith", *PAPER))
+
+
+def test_flops_are_those_of_the_architecture(published):
+    # By hand: 2980.5 GMAC; 3.62 GFLOP a mask in round 1 to 3.81 in round 11, times 64 masks.
+    assert published.encoder == pytest.approx(5.961e12, rel=5e-4)
+    assert published.decoder == pytest.approx(2.62e12, rel=5e-3)  # the hand figure has three digits
+    assert published.training == pytest.approx(25.8e12, rel=5e-3)
+
+
+def test_the_published_run_took_68_hours_at_3_percent_of_peak(published):
+    config = config_of("sam_vith", *PAPER)
+    step = timing.step_time(published, 256, 256, A100, step_seconds=2.72)
+    assert step.utilisation == pytest.approx(0.030, abs=0.0005)
+    assert timing.length(config, step, 256, A100, num_steps=90_000).hours == pytest.approx(68.0, abs=0.05)
+
+
+def test_95_epochs_in_90_hours_are_impossible_and_it_says_why():
+    config = config_of("sam_vith")  # one round: even so
+    work = count_work(config)
+    step = timing.step_time(work, 256, 256, A100, mfu=0.4)
+    steps = timing.length(config, step, 256, A100).num_steps
+    assert steps == pytest.approx(95 * 11_183_362 / 256, abs=2)
+    why = timing.impossible(work, config, steps, 90, 256, A100)
+    assert why is not None
+    assert "78 ms a step" in why
+    assert timing.impossible(work, config, 90_000, 90, 256, A100) is None  # 90 thousand iterations are possible
+
+
+def test_the_command_answers_both(capsys):
+    arguments = [str(CONFIGS / "sam_vith.yaml"), "--gpus", "256", "--gpu", "a100-80gb", "--no-memory"]
+    assert main([*arguments, *PAPER, "--step-seconds", "2.72", "--steps", "90000"]) == 0
+    shown = capsys.readouterr().out
+    assert "3.0% of peak" in shown
+    assert "68.0 h = 17,408 GPU-hours" in shown
+    assert main([*arguments, "--mfu", "0.4", "--in-hours", "90"]) == 1
+    assert "impossible. 4150075 steps in 90 h leave 78 ms a step" in capsys.readouterr().out
+
+
+def test_traffic_of_a_ring_by_hand():
+    # 4 values on 2 GPUs of one node: each sends half of them to reduce and half to gather.
+    flow = timing.traffic("ddp", 16.0, 2, 8, 1, A100)
+    assert (flow.in_node, flow.between_nodes) == (16.0, 0.0)
+    # HSDP on 2 x 2: gather, gather, reduce inside (8 each), then all-reduce a half between two nodes.
+    flow = timing.traffic("hsdp", 16.0, 4, 2, 1, A100)
+    assert (flow.in_node, flow.between_nodes) == (24.0, 8.0)
+
+
+def test_gpus_are_found_by_the_names_that_drivers_give():
+    assert gpu_named("NVIDIA A100-SXM4-40GB") is GPUS["a100-40gb"]
+    assert gpu_named("NVIDIA H200") is GPUS["h200-141gb"]
+    assert gpu_named("NVIDIA GeForce RTX 3090") is None
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
+
+
+def test_watch_counts_what_is_alive_and_the_peak():
+    with Watch() as watch:
+        kept = torch.zeros(100)
+        gone = torch.zeros(50)
+        view = kept[:10]
+        assert (watch.alive, watch.peak) == (600, 600)
+        del gone
+        gc.collect()
+        assert (watch.alive, watch.peak) == (400, 600)
+        assert view.numel() == 10
+
+
+def test_activations_are_linear_so_three_points_say_all():
+    """A fourth, larger simulation is met by the line through three small ones."""
+    config = config_of("sam_tiny", "prompts.rounds=2", "engine.precision=bf16")
+    line = memory.activations(config)
+    far = simulate(config, 3, 8)
+    encoder, rounds, _ = line.at(3, 8)
+    assert encoder == pytest.approx(far.encoder.saved_bytes, rel=0.01)
+    assert rounds == pytest.approx(2 * far.decoder.saved_bytes, rel=0.01)
+
+
+def test_recomputing_saves_memory_and_costs_flops():
+    config = config_of("sam_tiny", "prompts.rounds=2")
+    whole, again = (simulate(memory.with_recompute(config, flag, flag), 1, 4) for flag in (False, True))
+    for part in ("encoder", "decoder"):
+        assert getattr(again, part).saved_bytes < 0.5 * getattr(whole, part).saved_bytes
+        # One more forward pass, less what nothing in the backward pass needs.
+        more = getattr(again, part).backward_flops - getattr(whole, part).backward_flops
+        assert 0.5 * getattr(whole, part).flops < more <= getattr(whole, part).flops
+
+
+def test_more_shards_never_need_more_memory_and_one_rank_needs_all():
+    shape = memory.Shape(1000, 100, 90)
+    for sharding in memory.SHARDINGS:
+        totals = [memory.states(sharding, shape, ranks, 8).states for ranks in (1, 8, 256)]
+        assert totals == sorted(totals, reverse=True)
+    assert memory.states("ddp", shape, 256, 8).states == 16_000
+    assert memory.states("fsdp2", shape, 250, 8).states == 64
+
+
+@pytest.mark.slow
+def test_what_fits_is_the_edge():
+    config = config_of("sam_tiny")
+    capacity = 2 * 2**30
+    for fit in memory.fits_of(config, 16, 8, capacity):
+        if fit.max_images in (0, 4096):
+            continue
+        variant = memory.with_recompute(config, fit.blocks, fit.rounds)
+        edge, beyond = (
+            memory.estimate(variant, 16, 8, fit.sharding, images=n).total for n in (fit.max_images, fit.max_images + 1)
+        )
+        assert edge <= capacity < beyond
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_states_of_zero_are_what_real_processes_hold(tmp_path, ranks):
+    """Every ZeRO stage on real CPU processes: bytes of all tensors alive after a step, against the closed form."""
+    launch_ranks("tests.trainer.zero_states", [str(tmp_path)], num_ranks=ranks, timeout_s=500)
+    measured = torch.load(tmp_path / "states.pt")
+    assert set(measured) == {1, 2, 3}
+    for stage, (shape, alive, _) in measured.items():
+        wanted = memory.states(f"zero{stage}", memory.Shape(*shape), ranks, ranks)
+        # 2 %: padding of flat groups to whole shards, step counts, scalars.
+        assert alive == pytest.approx(wanted.states, rel=0.02), stage
+
+
+@pytest.mark.slow
+def test_states_of_the_torch_engines_are_what_the_real_engine_builds():
+    """FSDP2 at 256 ranks of a fake group, on fake tensors: weights, moments and gathered blocks."""
+    config = config_of("sam_tiny", "engine.kind=fsdp2", "engine.precision=fp32", "batch.micro=1")
+    shape = memory.shape_of(config)
+    seen = dry_run.fake_step(config, 0, 256, 8)
+    # FSDP2 gives rank 0 the rounded-up share of each tensor's first dimension, so small tensors weigh more.
+    assert shape.num_parameters * 4 / 256 <= seen["weights"] <= shape.num_parameters * 4 / 8
+    replica = config_of("sam_tiny", "engine.precision=fp32", "batch.micro=1")
+    assert dry_run.fake_step(replica, 0, 256, 8)["weights"] >= shape.num_parameters * 4
+
+
+# ---------------------------------------------------------------------------------------------------------- dry run
+
+
+def test_all_256_ranks_have_each_position_once_also_after_a_change_to_192():
+    config = config_of("sam_vith")
+    assert dry_run.check_positions(config, (256, 192)) == []
+    assert dry_run.fillers(config, 256) == 0
+    assert dry_run.fillers(config, 192) == 192 * 2 - 256  # two micro-batches a rank, a third of them empty
+
+
+def test_the_check_sees_a_missing_and_a_doubled_sample(monkeypatch):
+    config = config_of("sam_vith")
+    whole = dry_run.StepSampler.__iter__
+
+    def spoiled(sampler):
+        for positions in whole(sampler):
+            yield [7 if sampler.rank == 3 else position for position in positions]
+
+    monkeypatch.setattr(dry_run.StepSampler, "__iter__", spoiled)
+    assert dry_run.check_positions(config, (256,)) == ["256 ranks: steps 1000 to 1002 are not each position once"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_first_and_last_of_256_ranks_build_and_step(kind):
+    arguments = ["--gpus", "256", "--no-memory", "--mfu", "0.4", "--dry-run", f"engine.kind={kind}", "batch.micro=1"]
+    command = [sys.executable, "-m", "trainer.plan", str(CONFIGS / "sam_tiny.yaml"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parents[1])
+    assert done.returncode == 0, done.stderr
+    assert "rank 0: engine built, one step taken" in done.stdout
+    assert "rank 255: engine built, one step taken" in done.stdout
+    assert "samples of 192 ranks: " in done.stdout
+
+
+def test_plot_is_a_picture(tmp_path):
+    picture = tmp_path / "plan.png"
+    assert main([str(CONFIGS / "sam_tiny.yaml"), "--no-memory", "--mfu", "0.4", "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")

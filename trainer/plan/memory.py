@@ -1,0 +1,247 @@
+"""Memory of one GPU, part by part, for every engine and sharding; what fits; and which setting to take.
+
+States are closed forms (checked against real processes in tests/trainer/test_plan.py), activations come from the real
+task on fake tensors (simulate.py). Letters: N trained parameters, S ranks that share a shard, B images, M masks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from trainer.config import Config, SamConfig
+from trainer.plan.simulate import Simulation, fake_task, pretend_gpu, simulate
+
+FP32 = 4  # bytes; weights, gradients and moments all are (docs/decisions/0004)
+DDP_BUCKET = 25 << 20  # bytes; gradients are views of the buckets, so only the one in flight counts twice
+ZERO_BUCKET = 2 * 50_000_000 * FP32  # two of trainer/parallel/deepspeed_engine.py's: one fills while one travels
+ZERO3_LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: so many stay gathered between uses
+WORKSPACE = 0.6 * 2**30  # CUDA context's share in the process, cuBLAS and NCCL buffers (an allowance, not measured)
+FRAGMENTATION = 1.03  # of activations: the allocator's rounding (an allowance, not measured)
+
+FEW = 2  # masks of a simulation
+
+SHARDINGS = ("ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a memory estimate needs to know of a network."""
+
+    num_parameters: int
+    num_root: int  # not inside any shard unit
+    largest_unit: int  # parameters of the largest shard unit
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the worst moment of a step."""
+
+    parameters: float
+    gradients: float
+    moments: float
+    gathered: float  # whole blocks that shards are gathered into, and their gradients
+    buckets: float
+    encoder: float  # saved activations
+    rounds: float  # saved activations of all prompt rounds, or of MAE's decoder
+    working: float  # short-lived tensors at the worst moment
+    workspace: float
+
+    @property
+    def states(self) -> float:
+        return self.parameters + self.gradients + self.moments
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def sharding_of(config: Config) -> str:
+    """Name of the config's way to spread states: an engine, or ZeRO with its stage."""
+    engine = config.engine
+    return f"zero{engine.zero_stage}" if engine.kind == "deepspeed" else engine.kind
+
+
+def shape_of(config: Config) -> Shape:
+    """Counts of the network; how it is trained does not matter."""
+    return _shape_of(with_recompute(config, False, False))
+
+
+@lru_cache(maxsize=8)
+def _shape_of(config: Config) -> Shape:
+    with pretend_gpu():
+        task = fake_task(config)
+        units = [sum(p.numel() for p in unit.parameters()) for unit in task.shard_units()]
+        total = sum(p.numel() for p in task.parameters())
+    return Shape(total, total - sum(units), max(units))
+
+
+def states(sharding: str, shape: Shape, num_ranks: int, ranks_of_node: int) -> Memory:
+    """Everything but activations. One rank needs no shards and no buckets."""
+    n = shape.num_parameters * FP32
+    shards = {"ddp": 1, "zero0": 1, "hsdp": min(ranks_of_node, num_ranks)}.get(sharding, num_ranks)
+    memory = Memory(n, n, 2 * n, 0, 0, 0, 0, 0, WORKSPACE)
+    if sharding == "ddp":
+        return replace(memory, buckets=DDP_BUCKET if num_ranks > 1 else 0)
+    if sharding in ("fsdp2", "hsdp"):
+        # The root is gathered from its forward to its backward. Of units, the one that runs and the one fetched ahead,
+        # and in the backward pass the gradient of the one before, whole, in the reduce-scatter's input.
+        whole = (shape.num_root + 2 * shape.largest_unit) * FP32
+        return replace(
+            memory,
+            parameters=n / shards,
+            gradients=n / shards,
+            moments=2 * n / shards,
+            gathered=2 * whole if num_ranks > 1 else 0,
+        )
+    if sharding == "zero0":
+        return replace(memory, buckets=ZERO_BUCKET if num_ranks > 1 else 0)
+    # ZeRO keeps an fp32 master of its part beside the module's weights, although those are fp32 already.
+    master = n / shards
+    whole_weights = n if sharding != "zero3" else n / shards
+    gradients = n if sharding == "zero1" else n / shards
+    gathered = min(shape.num_parameters, ZERO3_LIVE) * FP32 if sharding == "zero3" and num_ranks > 1 else 0
+    return replace(
+        memory,
+        parameters=whole_weights + master,
+        gradients=gradients,
+        moments=2 * n / shards,
+        gathered=gathered,
+        buckets=ZERO_BUCKET if num_ranks > 1 else 0,
+    )
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes as functions of images and masks: one number a batch, one an image, one a mask."""
+
+    points: tuple[tuple[int, int, Simulation], ...]  # (B, M, simulation): (1, m), (2, m), (1, 2 m)
+    rounds: int
+
+    def along(self, read: Callable[[Simulation], float], images: int, masks: int) -> float:
+        """A number of the simulation for so many images and masks; exact at the three points, linear beyond."""
+        (_, few, base), (_, _, twice), (_, _, more) = self.points
+        by_image = read(twice) - read(base)
+        by_mask = (read(more) - read(base)) / few if few else 0.0  # of one image
+        return read(base) + (images - 1) * by_image + images * (masks - few) * by_mask
+
+    def at(self, images: int, masks: int) -> tuple[float, float, float]:
+        """(encoder, rounds, working) bytes."""
+
+        def along(read: Callable[[Simulation], float]) -> float:
+            return self.along(read, images, masks)
+
+        encoder = along(lambda s: s.encoder.saved_bytes)
+        decoder = along(lambda s: s.decoder.saved_bytes) * self.rounds
+        # While rounds run, everything is saved; when the encoder's backward starts, the rounds are gone.
+        in_rounds = encoder + decoder + along(lambda s: s.decoder.extra_bytes)
+        in_encoder = encoder + along(lambda s: s.encoder.extra_bytes)
+        working = max(in_rounds, in_encoder) - encoder - decoder + along(lambda s: s.output_bytes)
+        return encoder, decoder, working
+
+
+@lru_cache(maxsize=8)
+def activations(config: Config) -> Activations:
+    """Three simulations; a few masks say as much as many, since everything is linear in them."""
+    blocks = config.engine.activation_checkpointing == "block"
+    if not isinstance(config, SamConfig):
+        one, two = (simulated(with_recompute(config, blocks, blocks), images, 0) for images in (1, 2))
+        return Activations(((1, 0, one), (2, 0, two), (1, 0, one)), 1)
+    rounds = config.engine.checkpoint_rounds
+    points = []
+    for images, masks in ((1, FEW), (2, FEW), (1, 2 * FEW)):
+        # What the encoder does not recompute changes nothing for the rounds, so two variants serve for all four.
+        encoder = simulated(with_recompute(config, blocks, blocks), images, masks)
+        decoder = simulated(with_recompute(config, rounds, rounds), images, masks)
+        points.append((images, masks, replace(encoder, decoder=decoder.decoder)))
+    return Activations(tuple(points), config.prompts.rounds)
+
+
+@lru_cache(maxsize=32)
+def simulated(config: Config, images: int, masks: int) -> Simulation:
+    return simulate(config, images, masks)
+
+
+def masks_of(config: Config) -> int:
+    return config.data.max_masks if isinstance(config, SamConfig) else 0
+
+
+def estimate(
+    config: Config,
+    num_ranks: int,
+    ranks_of_node: int,
+    sharding: str | None = None,
+    images: int | None = None,
+    masks: int | None = None,
+) -> Memory:
+    """Memory of one GPU; what is not given is the config's. No rank holds more than the largest micro-batch."""
+    images = config.batch.micro if images is None else images
+    masks = masks_of(config) if masks is None else masks
+    held = states(sharding or sharding_of(config), shape_of(config), num_ranks, ranks_of_node)
+    encoder, rounds, working = activations(config).at(images, masks)
+    return replace(
+        held, encoder=encoder * FRAGMENTATION, rounds=rounds * FRAGMENTATION, working=working * FRAGMENTATION
+    )
+
+
+@lru_cache(maxsize=8)
+def with_recompute(config: Config, blocks: bool, rounds: bool) -> Config:
+    """The same run, recomputing the encoder's blocks and the prompt rounds or not."""
+    engine = config.engine.model_copy(
+        update={
+            "activation_checkpointing": "block" if blocks else "none",
+            "checkpoint_rounds": rounds and isinstance(config, SamConfig),
+        }
+    )
+    return config.model_copy(update={"engine": engine})
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A sharding and what to recompute, with what then fits."""
+
+    sharding: str
+    blocks: bool  # recompute them
+    rounds: bool
+    memory: Memory  # at the config's micro-batch and masks
+    max_images: int  # at the config's masks; 0: not even one
+    max_masks: int  # at one image
+
+
+def largest(fits, limit: int) -> int:
+    """Largest number in 0..limit that fits; `fits` is monotonous."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def fits_of(config: Config, num_ranks: int, ranks_of_node: int, capacity: float) -> list[Fit]:
+    """Every sharding with every way to recompute, cheapest recomputation first."""
+    found = []
+    is_sam = isinstance(config, SamConfig)
+    ways = ((False, False), (False, True), (True, False), (True, True)) if is_sam else ((False, False), (True, False))
+    for blocks, rounds in ways:
+        variant = with_recompute(config, blocks, rounds)
+        for sharding in SHARDINGS:
+
+            def total(images: int | None = None, masks: int | None = None, variant=variant, sharding=sharding) -> float:
+                return estimate(variant, num_ranks, ranks_of_node, sharding, images, masks).total
+
+            max_images = largest(lambda b: b == 0 or total(images=b) <= capacity, 4096)
+            max_masks = largest(lambda m: m == 0 or total(images=1, masks=m) <= capacity, 4096) if is_sam else 0
+            memory = estimate(variant, num_ranks, ranks_of_node, sharding)
+            found.append(Fit(sharding, blocks, rounds, memory, max_images, max_masks))
+    return found
+
+
+def recommend(fits: list[Fit], micro: int) -> tuple[Fit | None, str]:
+    """The setting with the least recomputation and the least traffic between nodes that fits, and why."""
+    for fit in fits:  # least recomputed first
+        if fit.sharding == "ddp" and fit.max_images >= micro:
+            return fit, "whole states fit beside the activations, so nothing needs gathering"
+    order = ("hsdp", "zero1", "zero2", "fsdp2", "zero3")
+    for fit in sorted(fits, key=lambda f: (f.blocks + f.rounds, order.index(f.sharding) if f.sharding in order else 9)):
+        if fit.max_images >= micro:
+            return fit, "whole states do not fit; this shards them with the least traffic between nodes"
+    return None, "nothing fits: lower batch.micro (accumulation follows by itself) or data.max_masks"
