@@ -263,6 +263,13 @@ class Evaluate(Section):
     boundary: bool = True  # also boundary IoU and boundary F; docs/evaluation.md has the cost
 
 
+class Diagnostics(Section):
+    """Gradients of the loss parts, spread of the hypotheses, prompt following: docs/diagnostics.md."""
+
+    every_steps: Count | None = None  # none = off
+    num_images: Count = 8  # of the hold-out, the same first ones every time
+
+
 class Run(Section):
     """What both stages share."""
 
@@ -304,6 +311,7 @@ class SamConfig(Run):
     prompts: Prompts = Prompts()
     loss: SamLoss = SamLoss()
     evaluate: Evaluate = Evaluate()
+    diagnostics: Diagnostics = Diagnostics()
 
     @model_validator(mode="after")
     def _possible(self) -> "SamConfig":

@@ -12,7 +12,9 @@ is in `trainer/interactive.py`, every measure in `trainer/scores.py`, what the n
 
 import argparse
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +27,15 @@ from PIL import Image
 from data_tools import rle
 from trainer.checkpoint import Checkpointer, load_weights
 from trainer.config import ConfigError, SamConfig, load_config
-from trainer.data.eval_data import evaluation_batch, evaluation_batches, evaluation_rows, original_image
+from trainer.data.eval_data import (
+    diagnostic_batch,
+    evaluation_batch,
+    evaluation_batches,
+    evaluation_rows,
+    original_image,
+)
 from trainer.data.shards import ShardReader
+from trainer.diagnostics import NAMES, means
 from trainer.distributed import (
     World,
     broadcast_object,
@@ -185,6 +194,22 @@ def evaluate_and_log(
     shown = "  ".join(f"{name} {value:.3f}" for name, value in summary.items() if is_miou(name))
     logger.say(f"step {step}: mIoU over {summary['num_masks']:.0f} masks: {shown}")
     return summary["miou"]
+
+
+@torch.no_grad()
+def diagnose_and_log(
+    engine: Engine, reader: ShardReader, rows: np.ndarray, config: SamConfig, world: World, logger: Logger, step: int
+) -> None:
+    """The diagnostics of `trainer/diagnostics.py` as scalars, over the objects of `rows`. All ranks call."""
+    started = time.perf_counter()
+    engine.task.eval()
+    sums = torch.zeros(len(NAMES) + 2, dtype=torch.float64)
+    for index in range(world.rank, math.ceil(len(rows) / world.size) * world.size, world.size):  # as many on each rank
+        batch = diagnostic_batch(reader, rows[index : index + 1], config)
+        sums += engine(batch.to(world.device)).cpu()
+    values = means(sum_on_host(sums.tolist(), world))
+    values["seconds"] = time.perf_counter() - started
+    logger.scalars(step, {f"diagnostics/{name}": value for name, value in values.items()})
 
 
 def is_miou(name: str) -> bool:

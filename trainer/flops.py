@@ -21,7 +21,8 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 def flops_per_image(config: Config, frozen: tuple[str, ...], dataset: Dataset) -> float:
     """FLOPs of forward and backward pass for one image: matrix products, convolutions and attention; 2 a multiply-add.
 
-    `dataset` gives the shape of a batch; its sample is a blank one, so nothing is read.
+    `dataset` gives the shape of a batch; its sample is a blank one, so nothing is read, and the short pass in which
+    masks ask for the network's own answer is not counted.
     """
     switches = {"activation_checkpointing": "none", "checkpoint_rounds": False, "compile": False}
     config = config.model_copy(update={"engine": config.engine.model_copy(update=switches)})

@@ -32,6 +32,7 @@ class Plan:
     log_every: int
     save_every: int
     evaluate_every: int
+    diagnose_every: int | None  # None: never
     bad_samples: "BadSamples"
     lr_at: Callable[[int], float]
     state_at: Callable[[int], RunState]
@@ -45,7 +46,8 @@ def train(
     checkpointer: Checkpointer,
     logger: Logger,
     guard: Guard,
-    evaluate: Callable[[Engine, int], None],
+    evaluate: Callable[[Engine, int], object],
+    diagnose: Callable[[Engine, int], None],
     tracer: Tracer,
     sample_log: IO[str] | None,
 ) -> bool:
@@ -89,6 +91,9 @@ def train(
         # After the save: whatever happens in an evaluation, no step is lost.
         if done % plan.evaluate_every == 0 or done == plan.last_step:
             evaluate(engine, done)
+            engine.task.train()
+        if plan.diagnose_every and done % plan.diagnose_every == 0:
+            diagnose(engine, done)
             engine.task.train()
         if stop and done < plan.num_steps:
             logger.say(f"stopped at step {done} of {plan.num_steps}; the same command goes on from here")

@@ -16,6 +16,7 @@ from model.sam import Sam, SamOutput
 from trainer.config import SamConfig
 from trainer.data.batches import SamBatch
 from trainer.data.images import jitter_colors
+from trainer.diagnostics import DiagnosticBatch, diagnose
 from trainer.interactive import EvalBatch, EvalScores, best_predicted, interact
 from trainer.losses import (
     dice_loss,
@@ -44,7 +45,7 @@ class Scores:
 
 
 class SamTask(nn.Module):
-    """`forward(batch) -> (loss, metrics)`; in evaluation `forward(EvalBatch) -> EvalScores`."""
+    """`forward(batch) -> (loss, metrics)`; in evaluation `EvalBatch -> EvalScores`, `DiagnosticBatch -> sums`."""
 
     weight_report: str = ""  # what came from where, for the log; empty for random weights
 
@@ -65,9 +66,13 @@ class SamTask(nn.Module):
             getattr(self.sam, part).eval()
         return self
 
-    def forward(self, batch: SamBatch | EvalBatch) -> tuple[Tensor, dict[str, Tensor]] | EvalScores:
+    def forward(
+        self, batch: SamBatch | EvalBatch | DiagnosticBatch
+    ) -> tuple[Tensor, dict[str, Tensor]] | EvalScores | Tensor:
         if isinstance(batch, EvalBatch):
             return interact(self.sam, batch)
+        if isinstance(batch, DiagnosticBatch):
+            return diagnose(self.sam, self.config, batch)
         image_embeddings = self.encode(batch)
         content = content_mask(batch, batch.masks.shape[-1])
         prompts = self.first_prompts(image_embeddings, batch)

@@ -12,6 +12,7 @@ stopped by a signal after saving.
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from trainer.data.eval_data import evaluation_rows
 from trainer.data.loader import build_batches
 from trainer.distributed import World, start_world, stop_world
 from trainer.environment import environment
-from trainer.evaluate import evaluate_and_log
+from trainer.evaluate import diagnose_and_log, evaluate_and_log
 from trainer.flops import flops_per_image, peak_flops
 from trainer.guard import EXIT_STOPPED, Guard
 from trainer.loop import BadSamples, Plan, train
@@ -37,7 +38,7 @@ from trainer.optim import (
     steps_of,
 )
 from trainer.parallel.averaged import AveragedEngine
-from trainer.parallel.engine import build_engine
+from trainer.parallel.engine import Engine, build_engine
 from trainer.reconstruct import log_reconstruction
 from trainer.sam_task import SamTask
 from trainer.stages import Pipeline, build_pipeline, build_task, encoder_depth
@@ -126,7 +127,10 @@ def run_phase(
     try:
         evaluate = build_evaluation(config, pipeline, world, logger, guard)
         tracer = Tracer(config.profile.steps, config.run_dir, world)
-        stopped = train(engine, batches, plan, world, checkpointer, logger, guard, evaluate, tracer, sample_log)
+        diagnose = build_diagnosis(config, world, logger)
+        stopped = train(
+            engine, batches, plan, world, checkpointer, logger, guard, evaluate, diagnose, tracer, sample_log
+        )
     finally:
         batches.close()
         engine.close()
@@ -161,6 +165,7 @@ def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, w
         evaluate_every=config.evaluate.every_steps
         if isinstance(config, SamConfig)
         else config.log.pictures_every_steps,
+        diagnose_every=config.diagnostics.every_steps if isinstance(config, SamConfig) else None,
         bad_samples=BadSamples(config.data.max_bad_samples, config.data.shards),
         lr_at=partial(
             lr_at,
@@ -188,6 +193,15 @@ def build_evaluation(config: Config, pipeline: Pipeline, world: World, logger: L
             engine, reader, rows, config, world, logger, step, lambda: guard.stop_requested
         )
     return lambda engine, step: log_reconstruction(engine, pipeline.dataset, world, logger, step)
+
+
+def build_diagnosis(config: Config, world: World, logger: Logger) -> Callable[[Engine, int], None]:
+    """What the loop calls at diagnostic steps; stage mae has none."""
+    if not isinstance(config, SamConfig):
+        return lambda engine, step: None
+    reader, rows = evaluation_rows(config)
+    rows = rows[: config.diagnostics.num_images]
+    return lambda engine, step: diagnose_and_log(engine, reader, rows, config, world, logger, step)
 
 
 def fingerprint(config: Config, pipeline: Pipeline) -> dict[str, object]:

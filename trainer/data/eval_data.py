@@ -11,6 +11,7 @@ from trainer.config import SamConfig
 from trainer.data.images import SampleError, decode_jpeg
 from trainer.data.sam_data import decode_placed, place
 from trainer.data.shards import ShardReader, open_shards
+from trainer.diagnostics import CLICK_RANKS, OBJECTS_PER_IMAGE, DiagnosticBatch, choose_objects, click_inside
 from trainer.interactive import EvalBatch
 
 
@@ -79,3 +80,35 @@ def original_image(reader: ShardReader, row: int) -> np.ndarray:
     """The image as stored, (Y, X, 3) uint8, for pictures."""
     raw = reader.read(int(row))
     return decode_jpeg(raw.jpeg, raw.record.height, raw.record.width)
+
+
+def diagnostic_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig) -> DiagnosticBatch:
+    """Images with a few objects and two clicks on each; at least one image, blank if there is none or it is broken."""
+    size, target_size = config.model.image_size, config.loss.resolution
+    num_images = max(1, len(rows))
+    images = np.zeros((num_images, 3, size, size), np.uint8)
+    sizes = np.full((num_images, 2), size, np.int64)
+    targets = np.zeros((num_images, OBJECTS_PER_IMAGE, target_size, target_size), np.uint8)
+    valid = np.zeros((num_images, OBJECTS_PER_IMAGE), bool)
+    clicks = np.zeros((num_images, OBJECTS_PER_IMAGE, len(CLICK_RANKS), 2), np.float32)
+    for i, row in enumerate(rows):
+        try:
+            raw = reader.read(int(row))
+            record = raw.record
+            placement = place(record.height, record.width, size, 1.0, (0.0, 0.0), False)
+            content = decode_placed(raw.jpeg, record.height, record.width, placement)
+        except SampleError as error:
+            print(f"{reader.name_of(int(row))} is left out of the diagnostics: {error}", flush=True)
+            continue
+        images[i, :, : placement.height, : placement.width] = content.transpose(2, 0, 1)
+        sizes[i] = placement.height, placement.width
+        to_target, to_input = placement.transform(target_size, size), placement.transform(size, size)
+
+        def target_of(mask: rle.Runs, transform: rle.AxisTransform = to_target) -> np.ndarray:
+            return rle.coverage([mask], target_size, target_size, transform)[0] >= 0.5
+
+        masks = [rle.parse(annotation["segmentation"]) for annotation in record.annotations]
+        for m, mask in enumerate(choose_objects(masks, target_of)):
+            targets[i, m], valid[i, m] = target_of(mask), True
+            clicks[i, m] = [click_inside(mask, rank, to_input) for rank in CLICK_RANKS]
+    return DiagnosticBatch(*(torch.from_numpy(array) for array in (images, sizes, targets, valid, clicks)))
