@@ -90,10 +90,12 @@ def train(
             checkpointer.save(engine, plan.state_at(done))
         # After the save: whatever happens in an evaluation, no step is lost.
         if done % plan.evaluate_every == 0 or done == plan.last_step:
-            evaluate(engine, done)
+            with meter.paused():
+                evaluate(engine, done)
             engine.task.train()
         if plan.diagnose_every and done % plan.diagnose_every == 0:
-            diagnose(engine, done)
+            with meter.paused():
+                diagnose(engine, done)
             engine.task.train()
         if stop and done < plan.num_steps:
             logger.say(f"stopped at step {done} of {plan.num_steps}; the same command goes on from here")

@@ -2,16 +2,19 @@
 
 import gzip
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.trainer.tiny import mae_arguments, sam_arguments
 from trainer import train
 from trainer.config import load_config
+from trainer.distributed import single_process
 from trainer.flops import flops_per_image
-from trainer.metrics import console_line, throughput
+from trainer.metrics import Meter, console_line, throughput
 from trainer.stages import build_pipeline
 
 
@@ -96,6 +99,14 @@ def test_the_console_line_says_how_long_it_will_take():
     assert "left 1:00:00" in line
     assert "8.0 images/s" in line
     assert "\n" not in line
+
+
+def test_an_evaluation_is_no_part_of_a_steps_time():
+    meter = Meter()
+    with meter.paused():
+        time.sleep(0.2)
+    meter.end_step(torch.zeros(()))
+    assert meter.collect(single_process())["speed/step_seconds"] < 0.2
 
 
 def test_mfu_is_model_flops_over_peak():
