@@ -54,11 +54,11 @@ class Browser:
 def ask(url: str, body: dict | None = None, method: str | None = None):
     data = json.dumps(body).encode() if body is not None else None
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=240) as answer:
         return json.loads(answer.read())["value"]
 
 
-def wait_for(condition, seconds: float = 90.0):
+def wait_for(condition, seconds: float = 240.0):
     """What `condition` returns once it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
