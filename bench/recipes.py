@@ -48,6 +48,7 @@ def recipe(name: str, steps: int) -> list[str]:
         "data.scale_jitter=[0.8, 1.2]",
         "data.horizontal_flip=0.5",
         "data.color_jitter=0.2",
+        "prompts.rounds=1",
     ]
     if name == "document":
         return document

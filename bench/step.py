@@ -2,6 +2,7 @@
 
     python -m bench.step launch/configs/sam_vith.yaml launch/configs/sam_vith_paper.yaml --out steps.json
     python -m bench.step launch/configs/sam_vith_paper.yaml --compile loss.resolution=256
+    python -m bench.step launch/configs/sam_finetune.yaml data.embeddings=null               # the encoder runs, frozen
     python -m bench.step launch/configs/sam_tiny.yaml --steps 2 model.image_size=64          # also on a CPU
 
 Data: random pixels, ellipses as masks, prompts from them; made once, so the loader plays no part. One process, the
@@ -26,6 +27,7 @@ from model.build import SIZES
 from trainer.config import Config, MaeConfig, SamConfig, load_config
 from trainer.data.batches import MaeBatch, SamBatch
 from trainer.distributed import World, single_process
+from trainer.flops import peak_flops
 from trainer.optim import first_trained, param_groups
 from trainer.parallel.engine import Engine, build_engine
 from trainer.prompts import later_rounds_with_click
@@ -35,7 +37,6 @@ from trainer.stages import build_task, encoder_depth
 # FlopCounterMode counts the released modules (a multiply-add is two).
 SAM_ENCODER_FLOPS = {"vit_b": 0.972e12, "vit_l": 2.986e12, "vit_h": 5.961e12}
 SAM_ROUND_FLOPS = 3.7e9  # 3.62e9 in the first round, 3.81e9 in the last
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s by the vendor's data sheets
 
 
 def sam_batch(config: SamConfig, world: World) -> SamBatch:
@@ -57,6 +58,9 @@ def sam_batch(config: SamConfig, world: World) -> SamBatch:
     labels[..., 0] = torch.where(has_box & ~wants_mask, -1, 1)
     coords = torch.zeros(*labels.shape, 2)
     coords[..., 0, :] = centres * size
+    side = size // 16
+    channels = SIZES[config.model.size].prompt_dim
+    embedding = (num_images, 0, 0, 0) if config.data.embeddings is None else (num_images, channels, side, side)
     clicks = [later_rounds_with_click(config.prompts, np.random.default_rng(i)) for i in range(num_images)]
     return SamBatch(
         positions=torch.arange(num_images),
@@ -79,7 +83,7 @@ def sam_batch(config: SamConfig, world: World) -> SamBatch:
         click_uniforms=torch.rand(num_images, num_masks, rounds - 1, generator=generator),
         gets_click=torch.from_numpy(np.stack(clicks)),
         drop_path_uniforms=torch.rand(num_images, encoder_depth(config), 2, generator=generator),
-        image_embeddings=torch.zeros(num_images, 0, 0, 0, dtype=torch.float16),
+        image_embeddings=torch.randn(embedding, generator=generator).half(),
     ).to(world.device)
 
 
@@ -106,7 +110,8 @@ def useful_flops(config: Config, frozen: tuple[str, ...]) -> float | None:
     if isinstance(config, SamConfig):
         if config.model.image_size != 1024:
             return None
-        encoder = SAM_ENCODER_FLOPS[config.model.size] * (1 if "image_encoder" in frozen else 3)
+        passes = 0 if config.data.embeddings is not None else 1 if "image_encoder" in frozen else 3
+        encoder = passes * SAM_ENCODER_FLOPS[config.model.size]
         rounds = 3 * SAM_ROUND_FLOPS * config.data.max_masks * config.prompts.rounds
         return config.batch.micro * (encoder + rounds)
     return config.batch.micro * 3 * mae_forward_flops(config)
@@ -128,21 +133,22 @@ def mae_forward_flops(config: MaeConfig) -> float:
 
 
 def seconds(action: Callable[[], object], device: torch.device, repeats: int, warm_up: int) -> float:
-    """Median wall time with the device idle before and after."""
+    """Median time: on a GPU by the clock, on a CPU the process's own, so that a busy machine matters less."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     times = []
     for number in range(warm_up + repeats):
         if device.type == "cuda":
             torch.cuda.synchronize()
-        started = time.perf_counter()
+        started = clock()
         action()
         if device.type == "cuda":
             torch.cuda.synchronize()
         if number >= warm_up:
-            times.append(time.perf_counter() - started)
+            times.append(clock() - started)
     return statistics.median(times)
 
 
-def measure(config: Config, world: World, compiled: bool, repeats: int) -> dict[str, object]:
+def measure(config: Config, world: World, compiled: bool, repeats: int, by_part: bool = True) -> dict[str, object]:
     """Time of a step of the config's last phase and of its parts, peak memory, share of peak."""
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"compile": compiled, "kind": "ddp"})})
     frozen = config.phases[-1].frozen
@@ -164,12 +170,13 @@ def measure(config: Config, world: World, compiled: bool, repeats: int) -> dict[
     whole = seconds(step, world.device, repeats, warm_up)
     row: dict[str, object] = {"config": config.run_dir.name, "compiled": compiled, "step_ms": round(1000 * whole, 1)}
     row["images"] = config.batch.micro
-    row |= {f"{name}_ms": round(1000 * value, 1) for name, value in parts(engine, batch, repeats).items()}
+    if by_part:
+        row |= {f"{name}_ms": round(1000 * value, 1) for name, value in parts(engine, batch, repeats).items()}
     if world.device.type == "cuda":
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     flops = useful_flops(config, frozen)
     row["useful_tflop"] = None if flops is None else round(flops / 1e12, 2)
-    peak = peak_of(world.device)
+    peak = peak_flops(world.device, config.engine.precision)
     row["share_of_peak"] = None if flops is None or peak is None else round(flops / whole / peak, 4)
     engine.close()
     return row
@@ -201,13 +208,6 @@ def parts(engine: Engine, batch: SamBatch | MaeBatch, repeats: int) -> dict[str,
     return found
 
 
-def peak_of(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
-
-
 def table(rows: list[dict[str, object]]) -> str:
     """Markdown, one line a row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="+", metavar="CONFIG|key=value", help="configs, then overrides for all")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also with torch.compile of each block")
+    parser.add_argument("--whole", action="store_true", help="the whole step alone, not its parts")
     parser.add_argument("--out", type=Path, help="JSON file; written after every row")
     settings = parser.parse_args()
     world = single_process()
@@ -235,7 +236,7 @@ def main() -> None:
         config = load_config(path, overrides, check_paths=False)
         for compiled in (False, True) if settings.compile else (False,):
             try:
-                rows.append(measure(config, world, compiled, settings.steps))
+                rows.append(measure(config, world, compiled, settings.steps, not settings.whole))
             except torch.cuda.OutOfMemoryError as error:
                 rows.append({"config": path.stem, "compiled": compiled, "failed": str(error).split(". ")[0]})
             if settings.out:

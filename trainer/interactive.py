@@ -43,6 +43,7 @@ class EvalBatch:
     single_token: bool  # the single-mask token answers every prompt: where no other was trained
     masks_at_once: int  # how many masks of an image are decoded together; limits memory, changes nothing
     keep_masks: bool = False  # return the predicted bitmaps too, for pictures
+    single_token_for_boxes: bool = False  # it answers boxes: where training counts a box as two prompts
 
     def to(self, device: torch.device) -> "EvalBatch":
         return replace(self, images=self.images.to(device), image_sizes=self.image_sizes.to(device))
@@ -178,7 +179,7 @@ class _Session:
         num_masks = len(self.runs)
         empty = torch.full((1, num_masks, 1), NO_POINT, device=device)
         output = self.decode(torch.zeros(1, num_masks, 1, 2, device=device), empty, scaled)
-        return self.answers(output, *chosen(output, self.batch.single_token))
+        return self.answers(output, *chosen(output, self.batch.single_token or self.batch.single_token_for_boxes))
 
     def answers_to_clicks(self, at_random: bool) -> tuple[dict[str, _Answers], list[list[Click]]]:
         """Answers after each number of clicks that is scored, by protocol, and the clicks of each mask."""

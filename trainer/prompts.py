@@ -9,10 +9,10 @@ takes them: an integer is the centre of a pixel. Sources: "doc" the user's docum
 
 from dataclasses import dataclass
 from enum import IntEnum
+from statistics import NormalDist
 
 import numpy as np
 import torch
-from scipy.special import ndtri
 from torch import Tensor
 
 from data_tools import rle
@@ -107,8 +107,8 @@ def noisy_box(
     x1, y1, x2, y2 = box
     sides = settings.box_noise * np.array([x2 - x1, y2 - y1, x2 - x1, y2 - y1])
     if settings.box_noise_kind == "normal":
-        deviations = ndtri(np.clip(draws, 1e-9, 1 - 1e-9)) * sides  # inverse of the normal distribution
-        shift = np.clip(deviations, -settings.box_noise_pixels, settings.box_noise_pixels)
+        normal = [NormalDist().inv_cdf(min(max(float(draw), 1e-9), 1 - 1e-9)) for draw in draws]
+        shift = np.clip(normal * sides, -settings.box_noise_pixels, settings.box_noise_pixels)
     else:
         shift = (2 * np.asarray(draws) - 1) * np.minimum(sides, settings.box_noise_pixels)
     return x1 + shift[0], y1 + shift[1], x2 + shift[2], y2 + shift[3]

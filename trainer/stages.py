@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -109,6 +108,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     (optim.ema_decay) they are what is read. Raises `ValueError` if nothing is found.
     """
     if path.is_file() and path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # here and not above: files of this kind alone need it
+
         return load_file(path)
     if path.is_file():
         tree = torch.load(path, map_location="cpu", weights_only=True)

@@ -26,8 +26,7 @@ def test_flops_of_the_released_sam(name):
         sam = released_sam(name, 1024)
         embedding = sam.image_encoder(torch.zeros(1, 3, 1024, 1024))
         encoder = counter.get_total_flops()
-        prompt = (torch.zeros(1, 5, 2), torch.ones(1, 5))
-        sparse, dense = sam.prompt_encoder(prompt, None, torch.zeros(1, 1, 256, 256))
+        sparse, dense = torch.zeros(1, 6, 256), torch.zeros(1, 256, 64, 64)  # five clicks
         sam.mask_decoder.predict_masks(embedding, torch.zeros(1, 256, 64, 64), sparse, dense)
         one_round = counter.get_total_flops() - encoder
     assert encoder == pytest.approx(SAM_ENCODER_FLOPS[name], rel=2e-3)  # four digits are given

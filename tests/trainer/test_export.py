@@ -10,9 +10,11 @@ from transformers import SamModel, SamProcessor
 
 from model.build import SIZES, build_sam
 from model.prompt_encoder import Prompts
+from model.weights import fit_sam
 from tests.model.support import difference, randomize
 from tests.model.test_sam import released_sam
 from trainer.export import export, main
+from trainer.stages import read_weights
 
 SIDE = 128
 
@@ -67,6 +69,8 @@ def test_huggingface_predicts_our_masks(saved, tmp_path):
     out = tmp_path / "hf"
     for _ in range(2):  # the second replaces the first
         assert export(file, out, "huggingface") == len(sam.state_dict()) + 1
+    back = fit_sam(read_weights(out / "model.safetensors"), sam)
+    assert all(torch.equal(back[name], value) for name, value in sam.state_dict().items())
     peer, info = SamModel.from_pretrained(out, attn_implementation="eager", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

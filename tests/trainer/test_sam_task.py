@@ -8,6 +8,7 @@ import torch
 from model.sam import SamOutput
 from tests.trainer.tiny import sam_arguments
 from trainer.config import load_config
+from trainer.data.eval_data import evaluation_batch, evaluation_rows
 from trainer.interactive import best_predicted
 from trainer.sam_task import num_prompts
 from trainer.stages import build_pipeline, build_task
@@ -180,6 +181,9 @@ def test_a_box_is_one_prompt_or_two(scenes, tmp_path):
         learns = [bool(mlp.layers[2].weight.grad.abs().max() > 0) for mlp in heads]
         assert learns[0] is not is_single
         assert any(learns[1:]) is is_single
+        reader, rows = evaluation_rows(task.config)
+        asked = evaluation_batch(reader, rows[:1], task.config)
+        assert asked.single_token_for_boxes is not is_single, "evaluation asks the token that was trained"
 
 
 @pytest.mark.parametrize("subset", ["focal=0", "dice=0", "iou=0", "sampled_points=40", "resolution=64"])

@@ -5,7 +5,7 @@ It starts at the weights that the parameter has when it is first trained, and is
 Training itself never sees it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class AveragedEngine:
                 f"optim.ema_decay needs the weights on every rank or in FSDP2's shards; {hollow[0]} is not there "
                 "(engine.zero_stage 3): use zero_stage 2 or engine.kind=fsdp2"
             )
-        self._average = {name: value.clone() for name, value in self._live.items()}
+        self._average = {name: value.float().clone() for name, value in self._live.items()}
 
     def __getattr__(self, name: str) -> Any:
         """All that an average does not change is the inner engine's: task, backward, set_lr, rates, close, ..."""
@@ -41,23 +41,29 @@ class AveragedEngine:
         """Forward pass, see `Engine`; on the average while the task is in evaluation mode."""
         if self.engine.task.training:
             return self.engine(batch)
-        self._exchange()
+        weights = {name: _local(value).clone() for name, value in self._live.items()}
+        self._show(self._average)
         try:
             return self.engine(batch)
         finally:
-            self._exchange()
+            self._show(weights)
 
     @torch.no_grad()
     def step(self) -> Tensor:
         """Optimizer step, see `Engine`; then the average follows, after a skipped step too."""
         norm = self.engine.step()
         average = [_local(value) for value in self._average.values()]
-        torch._foreach_lerp_(average, [_local(value) for value in self._live.values()], 1.0 - self.decay)
+        torch._foreach_lerp_(average, [_local(value).float() for value in self._live.values()], 1.0 - self.decay)
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
         """State by name, see `Engine`, and the averages."""
-        return self.engine.state_dict() | {PREFIX + name: value for name, value in self._average.items()}
+        return dict(self.state_items())
+
+    def state_items(self) -> Iterator[tuple[str, Tensor]]:
+        """`state_dict`, one entry at a time."""
+        yield from self.engine.state_dict().items()
+        yield from ((PREFIX + name, value) for name, value in self._average.items())
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -69,16 +75,13 @@ class AveragedEngine:
                 average.copy_(value)
 
     @torch.no_grad()
-    def _exchange(self) -> None:
-        """Weights and averages change places. What FSDP2 still holds gathered from an earlier pass is let go of."""
+    def _show(self, values: Mapping[str, Tensor]) -> None:
+        """Let the network have these weights. What FSDP2 still holds gathered from an earlier pass is let go of."""
         for module in self.engine.task.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
         for name, live in self._live.items():
-            one, other = _local(live), _local(self._average[name])
-            kept = one.clone()
-            one.copy_(other)
-            other.copy_(kept)
+            _local(live).copy_(_local(values[name]))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
 """Reading by offset from a directory, and how much bad data a run takes."""
 
+import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import bench.data
 from data_tools.sample_format import (
     INDEX_DIR,
     INDEX_DTYPE,
@@ -133,6 +137,18 @@ def fabricate(directory: Path, sizes: list[int], rows: np.ndarray) -> None:
     (directory / INDEX_DIR).mkdir()
     for column in INDEX_DTYPE.names or ():
         np.save(directory / INDEX_DIR / f"{column}.npy", rows[column])
+
+
+@pytest.mark.slow
+def test_eleven_million_samples_open_in_little_memory(tmp_path):
+    """1000 shards as large as SA-1B's: what a rank and its worker add to their process. `bench.data open` times it."""
+    bench.data.fabricate(tmp_path)
+    command = [sys.executable, "-m", "bench.data", "--open", str(tmp_path)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=bench.data.ROOT).stdout
+    rank, worker = map(json.loads, output.splitlines())
+    assert rank["rss_mb"] < 200
+    assert worker["rss_mb"] < 200
+    assert worker["pickle_mb"] < 1, "row numbers one by one would be 90 MB"
 
 
 # -------------------------------------------------------------------------------------------------------- bad samples
