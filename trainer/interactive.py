@@ -132,7 +132,10 @@ class _Session:
             answers |= self.answers_to_clicks(at_random=True)[0]
         oracle = {}
         if not self.batch.single_token:  # else the three hypotheses were never trained
-            oracle = {f"{name}_oracle": self.oracle(answers[name].output) for name in MATCHED if name in answers}
+            asked = [name for name in MATCHED if name in answers]
+            if self.batch.single_token_for_boxes:
+                asked.remove("box")
+            oracle = {f"{name}_oracle": self.oracle(answers[name].output) for name in asked}
         return [self.score(m, answers, oracle, clicks[m]) for m in range(len(self.truths))]
 
     def score(

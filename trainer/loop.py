@@ -100,11 +100,13 @@ def train(
             # After the save: whatever happens in an evaluation, no step is lost. A signal cuts it short; the next step
             # is then the last.
             guard.at("evaluate", step)
-            keep_if_best(evaluate(engine, done), saved, done, plan, engine, checkpointer)
+            with meter.paused():
+                keep_if_best(evaluate(engine, done), saved, done, plan, engine, checkpointer)
             engine.task.train()
         if plan.diagnose_every and done % plan.diagnose_every == 0:
             guard.at("diagnose", step)
-            diagnose(engine, done)
+            with meter.paused():
+                diagnose(engine, done)
             engine.task.train()
         if stop and done < plan.num_steps:
             checkpointer.wait()

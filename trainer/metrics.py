@@ -62,6 +62,13 @@ class Meter:
         attribute = f"{name}_seconds"
         setattr(self, attribute, getattr(self, attribute) + time.perf_counter() - started)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out: an evaluation is no training step."""
+        started = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - started
+
     def end_step(self, grad_norm: Tensor) -> None:
         self.grad_norm = grad_norm
         self.num_steps += 1

@@ -25,7 +25,7 @@ from model.build import build_sam
 from model.prompt_encoder import Prompts
 from model.sam import Sam
 from trainer.automatic import Found, Settings, annotation, automatic_masks, embed, inclusive_box, stability
-from trainer.config import load_config
+from trainer.config import SamConfig, load_config
 from trainer.distributed import single_process
 from trainer.interactive import chosen, upsample_logits
 from trainer.pictures import draw_full_size, overlay_many
@@ -52,12 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.everything == bool(options.point or options.box):
         parser.error("give either --everything or some --point and --box")
     try:
-        sam, single = load_sam(options.weights)
+        sam, single, single_for_boxes = load_sam(options.weights)
         image = read_image(options.image)
         sam.to(single_process().device)
         if options.everything:
             found = automatic_masks(sam, image, settings_of(options))
         else:
+            single = single or (single_for_boxes and options.box is not None)
             found = [answer(sam, image, options.point, options.box, single)]
     except ValueError as error:
         print(f"predict: {error}", file=sys.stderr)
@@ -83,10 +84,11 @@ def settings_of(options: argparse.Namespace) -> Settings:
     )
 
 
-def load_sam(path: Path) -> tuple[Sam, bool]:
-    """The network in evaluation mode, and whether its single-mask token answers everything (`loss.multimask=single`).
+def load_sam(path: Path) -> tuple[Sam, bool, bool]:
+    """The network in evaluation mode; whether its single-mask token answers everything, and whether it answers boxes.
 
-    Size and resolution follow from the weights; the token from the run's settings, where there are any.
+    Size and resolution follow from the weights; the token from the run's settings, where there are any: it is the one
+    that training gave such prompts to.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist")
@@ -95,11 +97,13 @@ def load_sam(path: Path) -> tuple[Sam, bool]:
     sam = build_sam(size, image_size=image_size)
     sam.load_state_dict(weights, strict=True)
     settings = next((p / "config.yaml" for p in (path, path.parent.parent) if (p / "config.yaml").is_file()), None)
-    single = False
+    single = single_for_boxes = False
     if settings is not None and not path.is_file():
         config = load_config(settings, check_paths=False)
-        single = config.stage == "sam" and config.loss.multimask == "single"
-    return sam.eval(), single
+        assert isinstance(config, SamConfig), "sam_size takes nothing else"
+        single = config.loss.multimask == "single"
+        single_for_boxes = config.loss.multimask_when == "single_prompt" and not config.loss.box_is_single_prompt
+    return sam.eval(), single, single_for_boxes
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -5,13 +5,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.trainer.tiny import mae_arguments, sam_arguments
-from trainer import train
+from trainer import metrics, train
 from trainer.config import load_config
+from trainer.distributed import single_process
 from trainer.flops import flops_per_image
-from trainer.metrics import console_line, throughput
+from trainer.metrics import Meter, console_line, throughput
 from trainer.stages import build_pipeline
 
 
@@ -98,6 +100,17 @@ def test_the_console_line_says_how_long_it_will_take():
     assert "\n" not in line
 
 
+def test_an_evaluation_is_no_part_of_a_steps_time(monkeypatch):
+    """By a clock that is read at 0 s (new meter), 10 s and 100 s (evaluation), and 103 s (end)."""
+    times = iter([0.0, 10.0, 100.0, 103.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(times))
+    meter = Meter()
+    with meter.paused():
+        pass
+    meter.end_step(torch.zeros(()))
+    assert meter.collect(single_process())["speed/step_seconds"] == 13.0
+
+
 def test_mfu_is_model_flops_over_peak():
     values = throughput(step_seconds=0.5, global_size=8, flops_per_image=2e12, peak=100e12, num_ranks=2)
     assert values["speed/mfu"] == pytest.approx(16 * 2e12 / 200e12)
@@ -131,6 +144,7 @@ def test_flops_of_the_autoencoder_equal_the_formula(scenes, tmp_path):
     assert counted == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_costs_no_backward_pass(scenes, tmp_path):
     arguments = sam_arguments(scenes, tmp_path / "run")
     config = load_config(Path(arguments[0]), arguments[1:])
