@@ -11,6 +11,7 @@ Legend: B = windows or images, n = heads, N = tokens, D = width of one head.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import fused_attention, masked_attention, plain_attention
+from model.attention import fused_attention, masked_attention, plain_attention, relative_terms
 
 # name: (B, n, grid side, D); the relative position tables fit the grid
 RELATIVE = {
@@ -50,11 +51,32 @@ def library_kernel(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
 
 
+@functools.cache
+def compiled_flex_attention() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The score written as a function that the compiler puts into the kernel; differentiable on a GPU only."""
+    rel_h, rel_w = relative_terms(q, rel_pos_h, rel_pos_w, grid)
+    width = grid[1]
+
+    def add_position(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + rel_h[batch, head, query, key // width] + rel_w[batch, head, query, key % width]
+
+    return compiled_flex_attention()(q, k, v, score_mod=add_position)
+
+
 def relative_case(name: str, device: torch.device) -> tuple[list[Tensor], tuple, dict[str, Attend]]:
     batch, heads, side, width = RELATIVE[name]
     shapes = [(batch, heads, side * side, width)] * 3 + [(2 * side - 1, width)] * 2
     arguments = [torch.randn(shape, device=device) for shape in shapes]
-    return arguments, ((side, side),), {"plain": plain_attention, "fused": fused_attention}
+    formulations = {"plain": plain_attention, "fused": fused_attention}
+    if device.type == "cuda":
+        formulations["flex"] = flex
+    return arguments, ((side, side),), formulations
 
 
 def masked_case(name: str, device: torch.device) -> tuple[list[Tensor], tuple, dict[str, Attend]]:
@@ -98,7 +120,11 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, repeats: int) -
     wanted = forward_backward(next(iter(formulations.values())), [x.double() for x in low], rest)
     rows = []
     for label, attend in formulations.items():
-        found = forward_backward(attend, low, rest)
+        try:
+            found = forward_backward(attend, low, rest)
+        except (RuntimeError, NotImplementedError, ImportError) as error:  # no compiler, or a width that it refuses
+            rows.append({"case": name, "formulation": label, "failed": str(error).splitlines()[0][:200]})
+            continue
         errors = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, wanted, strict=True)]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

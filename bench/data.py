@@ -1,7 +1,7 @@
 """Claim: a sample costs little more than the decoding of its JPEG, and packing with every check is not slow.
 
     python -m bench.data                         # everything, about four minutes
-    python -m bench.data sam mae --repeats 9     # parts: sam, mae, pack, memory
+    python -m bench.data sam mae --repeats 9     # parts: sam, mae, pack, memory, open
     python -m bench.data memory --long           # 10,000 samples instead of 2,000
     python -m bench.data --out data.json
 
@@ -15,7 +15,8 @@ sam     one sample = a 1024 x 1024 image, up to 64 masks as a 256 x 256 target, 
 mae     one sample = a random crop to 224 x 224 and a flip. The peer is torchvision over Pillow in a stock DataLoader,
         left in bytes as ours is ("bytes"), or normalised floats as in MAE's code ("floats").
 pack    MB of source a second, against webdataset's ShardWriter, which checks nothing and syncs nothing to the disk.
-memory  resident and own memory of a fresh process that reads samples, beyond what `import torch` takes.
+memory  of a loader's worker process that reads on and on.
+open    CPU seconds and memory of opening a fabricated data set of 1000 shards and 11,185,000 samples.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import contextlib
 import importlib.metadata
 import io
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -44,7 +46,14 @@ INPUT, TARGET, MAX_MASKS = 1024, 256, 64  # pixels, pixels, masks an image
 CROP, MAE_BATCH = 224, 32  # pixels, images
 PACK_COPIES, PACK_SHARD = 24, 24  # of the genuine files, samples a shard: enough shards for two workers
 VERSIONS = ("numpy", "pillow", "simplejpeg", "numba", "torch", "torchvision", "pycocotools", "webdataset")
-PARTS = ("sam", "mae", "pack", "memory")
+PACKERS = (  # name, workers, --jpeg-check
+    ("peer, no checks", 0, ""),
+    ("1 worker", 1, "decode"),
+    ("1 worker, JPEGs by header", 1, "header"),
+    ("2 workers", 2, "decode"),
+)
+PARTS = ("sam", "mae", "pack", "memory", "open")
+OPEN_SHARDS, OPEN_SAMPLES = 1000, 11_185_000  # as SA-1B
 
 Row = dict[str, Any]
 
@@ -80,6 +89,11 @@ def pack_quietly(*arguments: str) -> None:
 
 def open_dataset(stage: str, shards: Path, *overrides: str) -> Any:
     """The dataset that training with the full-size recipe reads, over `shards`."""
+    return open_pipeline(stage, shards, *overrides)[1].dataset
+
+
+def open_pipeline(stage: str, shards: Path, *overrides: str) -> tuple[Any, Any]:
+    """Config and data pipeline of the full-size recipe over `shards`."""
     from trainer.config import load_config
     from trainer.stages import build_pipeline
 
@@ -92,7 +106,8 @@ def open_dataset(stage: str, shards: Path, *overrides: str) -> Any:
             "model.init_from=null",
             f"data.max_masks={MAX_MASKS}",
         ]
-    return build_pipeline(load_config(CONFIGS / f"{stage}_vith.yaml", common)).dataset
+    config = load_config(CONFIGS / f"{stage}_vith.yaml", common)
+    return config, build_pipeline(config)
 
 
 # ------------------------------------------------------------------------------------------------------------- sam
@@ -323,14 +338,14 @@ def bench_pack(options: argparse.Namespace, scratch: Path) -> list[Row]:
     os.sched_setaffinity(0, options.cores)
     times: dict[str, list[tuple[float, float]]] = {}
     for repeat in range(min(options.repeats, 3)):
-        for name, workers in (("peer, no checks", 0), ("1 worker", 1), ("2 workers", 2)):
-            target = scratch / f"packed_{workers}_{repeat}"
+        for name, workers, check in PACKERS:
+            target = scratch / f"packed_{workers}_{check}_{repeat}"
             start, start_cpu = time.perf_counter(), sum(os.times()[:4])
             if workers == 0:
                 peer_pack(source, target)
             else:
                 pack_quietly("sa1b", str(source), "--out", str(target), "--shard-size", str(PACK_SHARD),
-                             "--workers", str(workers))  # fmt: skip
+                             "--workers", str(workers), "--jpeg-check", check)  # fmt: skip
             # The first four: user and system time of this process and of those it waited for.
             times.setdefault(name, []).append((sum(os.times()[:4]) - start_cpu, time.perf_counter() - start))
             subprocess.run(["rm", "-r", str(target)], check=True)
@@ -340,7 +355,7 @@ def bench_pack(options: argparse.Namespace, scratch: Path) -> list[Row]:
         for name, (cpu, wall) in middle.items()
     ]
     peer = middle["peer, no checks"]
-    for name in ("1 worker", "2 workers"):
+    for name, *_ in PACKERS[1:]:
         by_cpu, by_wall = peer / middle[name]
         rows.append({"what": f"pack: {name} / peer", "by_cpu": by_cpu, "by_wall": by_wall})
     return rows
@@ -349,29 +364,32 @@ def bench_pack(options: argparse.Namespace, scratch: Path) -> list[Row]:
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-def own_memory_mb() -> dict[str, float]:
-    """Resident (RSS) and private (USS) memory of this process, MB (10^6 bytes)."""
+def memory_mb(pid: int | str = "self") -> dict[str, float]:
+    """Memory of a process, MB (10^6 bytes): resident (RSS), its fair share (PSS), and its own alone (USS)."""
     fields = {}
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, kilobytes = line.split()[:2]
         fields[name.rstrip(":")] = int(kilobytes) * 1024 / 1e6
-    return {"rss": fields["Rss"], "uss": fields["Private_Clean"] + fields["Private_Dirty"]}
+    return {"rss": fields["Rss"], "pss": fields["Pss"], "uss": fields["Private_Clean"] + fields["Private_Dirty"]}
 
 
 def read_samples(stage: str, shards: Path, stops: Sequence[int]) -> None:
-    """Read on and on as a worker does, batch by batch; print memory as JSON after `import torch` and at each stop."""
-    import torch
+    """Take batches from a loader with one worker, as training does; print the worker's memory as JSON at each stop."""
+    from trainer.data.loader import build_batches
+    from trainer.distributed import single_process
 
-    torch.set_num_threads(1)
-    print(json.dumps({"samples": 0, "at": "import torch", **own_memory_mb()}))
-    dataset = open_dataset(stage, shards, *(AUGMENTED if stage == "sam" else []))
-    print(json.dumps({"samples": 0, "at": "data set open", **own_memory_mb()}))
-    done, batch = 0, 1 if stage == "sam" else MAE_BATCH
-    for stop in stops:
+    size = 1 if stage == "sam" else MAE_BATCH
+    more = [f"batch.global_size={size}", f"batch.micro={size}", "data.workers=1"]
+    config, pipeline = open_pipeline(stage, shards, *(AUGMENTED if stage == "sam" else []), *more)
+    batches = build_batches(pipeline.dataset, config, single_process("cpu"), 0, -(-stops[-1] // size))
+    done = 0
+    for stop in [size, *stops]:
         while done < stop:
-            dataset[range(done, done + batch)]
-            done += batch
-        print(json.dumps({"samples": done, "at": "reading", **own_memory_mb()}))
+            next(batches)
+            done += size
+        (worker,) = multiprocessing.active_children()
+        print(json.dumps({"samples": done, **memory_mb(worker.pid or 0)}), flush=True)
+    batches.close()
 
 
 def bench_memory(options: argparse.Namespace, scratch: Path) -> list[Row]:
@@ -382,17 +400,63 @@ def bench_memory(options: argparse.Namespace, scratch: Path) -> list[Row]:
         pack_quietly(layout, str(options.data / folder), "--out", str(shards))
         command = [sys.executable, "-m", "bench.data", "--read", stage, str(shards), *map(str, stops)]
         output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-        lines = [json.loads(line) for line in output.splitlines()]
-        for line in lines:
-            rows.append(
-                {
-                    "what": f"memory: {stage}, {line['at']}, {line['samples']} samples",
-                    "rss_mb": line["rss"],
-                    "uss_mb": line["uss"],
-                    "uss_beyond_torch_mb": line["uss"] - lines[0]["uss"],
-                }
-            )
+        for line in map(json.loads, output.splitlines()):
+            name = f"memory: {stage} worker after {line['samples']} samples"
+            rows.append({"what": name} | {f"{kind}_mb": line[kind] for kind in ("rss", "pss", "uss")})
     return rows
+
+
+# ------------------------------------------------------------------------------------------------------------ open
+
+
+def fabricate(directory: Path) -> None:
+    """Manifest and index of a data set of SA-1B's size, without its shards."""
+    from data_tools.sample_format import INDEX_DIR, INDEX_DTYPE, Manifest, ShardInfo, save_manifest, shard_name
+
+    per_shard = OPEN_SAMPLES // OPEN_SHARDS
+    shards = tuple(
+        ShardInfo(shard_name(i), per_shard, per_shard, 100 * per_shard, 10**10, "0" * 64) for i in range(OPEN_SHARDS)
+    )
+    save_manifest(directory, Manifest("sa1b", shards))
+    (directory / INDEX_DIR).mkdir()
+    for column in INDEX_DTYPE.names or ():
+        values = np.arange(OPEN_SAMPLES) if column == "image_id" else np.full(OPEN_SAMPLES, 1000)
+        np.save(directory / INDEX_DIR / f"{column}.npy", values.astype(INDEX_DTYPE[column]))
+
+
+def open_once(shards: Path) -> None:
+    """Open as a rank does, then as its worker does from the rank's pickle; print CPU seconds and memory as JSON."""
+    import pickle
+
+    from trainer.data.order import DataOrder
+    from trainer.data.shards import ShardReader
+
+    start, before = time.process_time(), memory_mb()
+    reader = ShardReader(shards)
+    opened = time.process_time() - start
+    rows, _ = reader.split(2000)
+    order = DataOrder(rows, 0, 64, 4096)
+    ready, after = time.process_time() - start, memory_mb()
+    data = pickle.dumps((reader, order))
+    del reader, rows, order
+    start, before_worker = time.process_time(), memory_mb()
+    reader, order = pickle.loads(data)
+    worker = time.process_time() - start
+    for position in range(0, OPEN_SAMPLES, OPEN_SAMPLES // 1000):
+        int(reader.columns["jpg_size"][order.row(position)])
+    after_worker = memory_mb()
+    rank = {"what": "open: a rank", "open_cpu_s": opened, "open_and_hold_out_cpu_s": ready}
+    print(json.dumps(rank | {f"{kind}_mb": after[kind] - before[kind] for kind in ("rss", "uss")}))
+    row = {"what": "open: its worker, with 1000 look-ups", "open_cpu_s": worker, "pickle_mb": len(data) / 1e6}
+    print(json.dumps(row | {f"{kind}_mb": after_worker[kind] - before_worker[kind] for kind in ("rss", "uss")}))
+
+
+def bench_open(options: argparse.Namespace, scratch: Path) -> list[Row]:
+    """In a process of its own, after the imports: what the data set adds to it."""
+    fabricate(scratch)
+    command = [sys.executable, "-m", "bench.data", "--open", str(scratch)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    return [json.loads(line) for line in output.splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -425,7 +489,11 @@ def main() -> None:
     parser.add_argument("--long", action="store_true", help="memory: 10,000 samples")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--read", nargs="+", help=argparse.SUPPRESS)  # STAGE SHARDS STOP...: the process looked at
+    parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)  # fabricated data set: the same
     options = parser.parse_args()
+    if options.open:
+        open_once(options.open)
+        return
     if options.read:
         stage, shards, *stops = options.read
         read_samples(stage, Path(shards), [int(stop) for stop in stops])
@@ -442,6 +510,7 @@ def main() -> None:
     report: dict[str, Any] = {"machine": machine(), "rows": []}
     print(report["machine"])
     benches = {"sam": bench_sam, "mae": bench_mae, "pack": bench_pack, "memory": bench_memory}
+    benches["open"] = bench_open
     for part in options.parts or PARTS:
         os.sched_setaffinity(0, {max(options.cores)})
         with tempfile.TemporaryDirectory() as scratch:

@@ -202,10 +202,11 @@ def build_shard(task: ShardTask, path: Path) -> tuple[ShardReport, np.ndarray]:
                 name = entry.key if location is None or isinstance(location, bytes) else location.name
                 bad.append(BadSample(row, entry.key, name, str(error)))
                 continue
-            data, rows[row] = encode_sample(sample.record, sample.jpeg, offset)
-            file.write(data)
-            digest.update(data)
-            offset += len(data)
+            pieces, rows[row] = encode_sample(sample.record, sample.jpeg, offset)
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
+                offset += len(piece)
         file.write(TAR_END)
         digest.update(TAR_END)
     num_masks = int(rows["num_masks"].sum())
@@ -320,6 +321,8 @@ def add_pack_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resize-long-side", type=int, default=0, metavar="PIXELS", help="re-encode larger images")
     command.add_argument("--resize-short-side", type=int, default=0, metavar="PIXELS", help="re-encode larger images")
     command.add_argument("--jpeg-quality", type=int, default=95, help="of images that are re-encoded")
+    command.add_argument("--jpeg-check", choices=("decode", "header"), default="decode",
+                         help="header: three to four times as fast, finds cut files but not torn ones")  # fmt: skip
     command.add_argument("--reencode", action="store_true", help="accept PNG, WebP, TIFF, BMP, stored as JPEG")
 
 
@@ -343,6 +346,7 @@ def conversion_of(options: argparse.Namespace) -> Conversion:
         options.jpeg_quality,
         options.reencode,
         not getattr(options, "no_crowds", False),
+        options.jpeg_check,
     )
 
 

@@ -52,12 +52,13 @@ def parse(segmentation: dict[str, Any]) -> Runs:
         except UnicodeEncodeError:
             raise ValueError("RLE counts hold characters outside ASCII") from None
     if isinstance(counts, bytes):
-        data = np.frombuffer(bytearray(counts), np.uint8)  # a copy: the kernel wants it writable
-        decoded = np.empty(len(data), np.int64)
-        length = _decode_counts(data, decoded)
+        decoded = np.empty(len(counts) + 1, np.int64)
+        length = _decode_counts(counts, decoded)
         if length < 0:
             raise ValueError("RLE counts are cut short or hold characters outside the encoding")
         runs = decoded[:length]
+        if _is_canonical(runs, height * width):
+            return Runs(height, width, runs)
     elif isinstance(counts, list | tuple | np.ndarray):
         runs = np.asarray(counts)
         if runs.size and not np.issubdtype(runs.dtype, np.integer):
@@ -143,24 +144,34 @@ def coverage(masks: Sequence[Runs], height: int, width: int, transform: AxisTran
     What falls outside the grid is dropped. The cost is a few operations a run and a target cell.
     """
     out = np.zeros((len(masks), height, width), np.float32)
-    if not masks:
-        return out
-    counts = np.concatenate([mask.counts for mask in masks])
-    ends = np.cumsum([len(mask.counts) for mask in masks])
-    heights = np.array([mask.height for mask in masks], np.int64)
-    flip_width = transform.width if transform.flip else -1.0
-    _coverage(
-        counts,
-        ends,
-        heights,
+    if masks:
+        _coverage(*_flatten(masks, transform), out)
+    return out
+
+
+def covered(masks: Sequence[Runs], height: int, width: int, transform: AxisTransform) -> tuple[np.ndarray, np.ndarray]:
+    """Where each mask covers half of a target cell or more, (N, height, width) uint8, and of how many, (N,).
+
+    `coverage(...) >= 0.5` without the floats in between.
+    """
+    out, areas = np.zeros((len(masks), height, width), np.uint8), np.zeros(len(masks), np.int64)
+    if masks:
+        _covered(*_flatten(masks, transform), out, areas)
+    return out, areas
+
+
+def _flatten(masks: Sequence[Runs], transform: AxisTransform) -> tuple:
+    """Masks and transform as the kernels take them."""
+    return (
+        np.concatenate([mask.counts for mask in masks]),
+        np.cumsum([len(mask.counts) for mask in masks]),
+        np.array([mask.height for mask in masks], np.int64),
         transform.scale_x,
         transform.scale_y,
         transform.offset_x,
         transform.offset_y,
-        flip_width,
-        out,
+        transform.width if transform.flip else -1.0,
     )
-    return out
 
 
 def sample_foreground(mask: Runs, u: float, within: tuple[int, int, int, int] | None = None) -> tuple[int, int] | None:
@@ -210,7 +221,22 @@ def _canonical(runs: np.ndarray) -> np.ndarray:
     return np.array(out or [0], np.int64)
 
 
-@numba.njit("int64(uint8[::1], int64[::1])", cache=True, nogil=True)
+@numba.njit("boolean(int64[::1], int64)", cache=True, nogil=True)
+def _is_canonical(runs, num_pixels):  # pragma: no cover - compiled
+    """Whether all runs but the first have a pixel, the first no negative number, and all sum to the mask's size."""
+    if len(runs) == 0 or runs[0] < 0 or runs[0] > num_pixels:
+        return False
+    total = runs[0]
+    for i in range(1, len(runs)):
+        if runs[i] < 1 or runs[i] > num_pixels:
+            return False
+        total += runs[i]
+    return total == num_pixels
+
+
+@numba.njit(
+    numba.int64(numba.types.Bytes(numba.uint8, 1, "C", readonly=True), numba.int64[::1]), cache=True, nogil=True
+)
 def _decode_counts(data, out):  # pragma: no cover - compiled
     """COCO's 5-bit groups, least first; from the third run on, differences to the run two before. -1 = malformed."""
     length, position = 0, 0
@@ -355,41 +381,57 @@ def _resample_nearest(counts, src_height, src_width, height, width, out):  # pra
     return _append(out, length, width * height - filled, 0)
 
 
-@numba.njit("void(float64[::1], float64, float64)", cache=True, nogil=True, inline="always")
-def _add_edge(delta, y, sign):  # pragma: no cover - compiled
-    """From height y on, cells are covered (sign 1) or no longer (-1): as first differences of cell shares."""
-    cell = int(y)
-    part = y - cell
-    delta[cell] += sign * (1.0 - part)
-    delta[cell + 1] += sign * part
-
-
 @numba.njit(
-    "void(float64[::1], int64, int64, int64, float64, float64, float64, float64[:, ::1], int64[::1])",
+    "void(int64[::1], int64, float64, float64, float64, float64, float64, float64[:, ::1], int64[::1])",
     cache=True,
     nogil=True,
 )
-def _spread(delta, first, last, column, scale_x, offset_x, flip_width, shares, box):  # pragma: no cover - compiled
-    """Add a source column's row shares to the target columns it lies over, and clear them.
+def _add_runs(counts, height, scale_x, scale_y, offset_x, offset_y, flip_width, edges, box):  # pragma: no cover
+    """Add a mask's runs to `edges` (columns, rows + 2): what each cell covers more than the one above it.
 
-    `delta` is 0 outside first..last. `box` (r0 r1 c0 c1) grows to hold what was touched of `shares`.
+    A run costs its two ends, whatever its length; summed down a column, the edges are the covered shares. `box`
+    (r0 r1 c0 c1) becomes the cells that are touched.
     """
-    rows, columns = shares.shape
-    left, right = column * scale_x + offset_x, (column + 1) * scale_x + offset_x
-    if flip_width >= 0:
-        left, right = flip_width - right, flip_width - left
-    left, right = max(left, 0.0), min(right, float(columns))
-    if right > left:
-        c0, c1, r1 = int(left), min(int(np.ceil(right)), columns), min(last + 1, rows)
-        share = 0.0
-        for r in range(first, r1):
-            share += delta[r]
-            if share > 1e-12:
-                for c in range(c0, c1):
-                    shares[r, c] += share * (min(right, c + 1.0) - max(left, float(c)))
-        box[0], box[1] = min(box[0], first), max(box[1], r1)
-        box[2], box[3] = min(box[2], c0), max(box[3], c1)
-    delta[first : last + 1] = 0.0
+    columns, rows = edges.shape[0], edges.shape[1] - 2
+    box[0], box[1], box[2], box[3] = rows, 0, columns, 0
+    position, column = np.int64(0), np.int64(-1)
+    left, right, c0, c1 = 0.0, 0.0, np.int64(0), np.int64(0)  # where the source column lies in the target
+    for i in range(len(counts)):
+        start, position = position, position + counts[i]
+        if i % 2 == 0 or position == start:
+            continue
+        for x in range(start // height, (position - 1) // height + 1):
+            if x != column:
+                column = x
+                left, right = x * scale_x + offset_x, (x + 1) * scale_x + offset_x
+                if flip_width >= 0:
+                    left, right = flip_width - right, flip_width - left
+                left, right = max(left, 0.0), min(right, float(columns))
+                c0, c1 = np.int64(left), min(np.int64(np.ceil(right)), columns)
+            top = max(max(start - x * height, 0) * scale_y + offset_y, 0.0)
+            bottom = min(min(position - x * height, height) * scale_y + offset_y, float(rows))
+            if bottom <= top or right <= left:
+                continue
+            first, last = np.int64(top), np.int64(bottom)
+            top_part, bottom_part = top - first, bottom - last
+            for c in range(c0, c1):
+                share = min(right, c + 1.0) - max(left, float(c))
+                edges[c, first] += share * (1.0 - top_part)
+                edges[c, first + 1] += share * top_part
+                edges[c, last] -= share * (1.0 - bottom_part)
+                edges[c, last + 1] -= share * bottom_part
+            box[0], box[1] = min(box[0], first), max(box[1], min(last + 1, rows))
+            box[2], box[3] = min(box[2], c0), max(box[3], c1)
+
+
+@numba.njit("void(float64[:, ::1], int64[::1])", cache=True, nogil=True)
+def _sum_down(edges, box):  # pragma: no cover - compiled
+    """Turn edges into shares, within the box, in place."""
+    for c in range(box[2], box[3]):
+        total = 0.0
+        for r in range(box[0], box[1]):
+            total += edges[c, r]
+            edges[c, r] = total
 
 
 @numba.njit(
@@ -398,43 +440,49 @@ def _spread(delta, first, last, column, scale_x, offset_x, flip_width, shares, b
     nogil=True,
 )
 def _coverage(counts, ends, heights, scale_x, scale_y, offset_x, offset_y, flip_width, out):  # pragma: no cover
-    """Each source column adds its runs to an accumulator of row shares; a column then spreads over target columns.
-
-    Row shares are kept as first differences: a run costs its two ends, whatever its length.
-    """
-    rows, columns = out.shape[1], out.shape[2]
-    delta = np.zeros(rows + 2)
-    shares = np.zeros((rows, columns))
-    box = np.empty(4, np.int64)  # r0 r1 c0 c1 of what the mask touches: the rest of `out` is never looked at
+    """Shares of all masks; `out` is zero before."""
+    edges = np.zeros((out.shape[2], out.shape[1] + 2))
+    box = np.empty(4, np.int64)
     first_run = 0
     for n in range(len(ends)):
-        height = heights[n]
-        position = np.int64(0)
-        column = np.int64(-1)  # of the source, whose runs are in `delta`
-        first, last = np.int64(rows + 1), np.int64(-1)  # of the entries of `delta` in use
-        box[0], box[1], box[2], box[3] = rows, 0, columns, 0
-        for i in range(first_run, ends[n]):
-            start, position = position, position + counts[i]
-            if (i - first_run) % 2 == 0 or position == start:
-                continue
-            for x in range(start // height, (position - 1) // height + 1):
-                if x != column:
-                    if last >= 0:
-                        _spread(delta, first, last, column, scale_x, offset_x, flip_width, shares, box)
-                    column, first, last = x, np.int64(rows + 1), np.int64(-1)
-                top = max(start - x * height, 0) * scale_y + offset_y
-                bottom = min(position - x * height, height) * scale_y + offset_y
-                top, bottom = max(top, 0.0), min(bottom, float(rows))
-                if bottom > top:
-                    _add_edge(delta, top, 1.0)
-                    _add_edge(delta, bottom, -1.0)
-                    first, last = min(first, np.int64(top)), max(last, np.int64(bottom) + 1)
-        if last >= 0:
-            _spread(delta, first, last, column, scale_x, offset_x, flip_width, shares, box)
+        runs = counts[first_run : ends[n]]
+        _add_runs(runs, heights[n], scale_x, scale_y, offset_x, offset_y, flip_width, edges, box)
+        _sum_down(edges, box)
         for r in range(box[0], box[1]):
             for c in range(box[2], box[3]):
-                out[n, r, c] = shares[r, c]
-                shares[r, c] = 0.0
+                share = edges[c, r]
+                if share > 1e-12:  # less is rounding
+                    out[n, r, c] = share
+        for c in range(box[2], box[3]):
+            edges[c, box[0] : box[1] + 2] = 0.0
+        first_run = ends[n]
+
+
+@numba.njit(
+    "void(int64[::1], int64[::1], int64[::1], float64, float64, float64, float64, float64, uint8[:, :, ::1],"
+    " int64[::1])",
+    cache=True,
+    nogil=True,
+)
+def _covered(counts, ends, heights, scale_x, scale_y, offset_x, offset_y, flip_width, out, areas):  # pragma: no cover
+    """1 where a mask covers half of a cell or more, and how many cells that is; `out` is zero before."""
+    edges = np.zeros((out.shape[2], out.shape[1] + 2))
+    box = np.empty(4, np.int64)
+    half, first_run = np.float32(0.5), 0
+    for n in range(len(ends)):
+        runs = counts[first_run : ends[n]]
+        _add_runs(runs, heights[n], scale_x, scale_y, offset_x, offset_y, flip_width, edges, box)
+        _sum_down(edges, box)
+        total = np.int64(0)
+        for r in range(box[0], box[1]):
+            for c in range(box[2], box[3]):
+                # In float32, as `coverage` gives it: what is half but for the rounding of the sum is half.
+                is_covered = np.float32(edges[c, r]) >= half
+                out[n, r, c] = is_covered
+                total += is_covered
+        areas[n] = total
+        for c in range(box[2], box[3]):
+            edges[c, box[0] : box[1] + 2] = 0.0
         first_run = ends[n]
 
 

@@ -159,37 +159,37 @@ def encode_record(record: Record) -> bytes:
     return json.dumps({"image": image, "annotations": record.annotations}, separators=(",", ":")).encode()
 
 
-def tar_member(name: str, data: bytes) -> bytes:
-    """A tar member's header and padded data; all metadata fixed, so equal samples give equal bytes."""
+def tar_header(name: str, num_bytes: int) -> bytes:
+    """A tar member's header; all metadata fixed, so equal samples give equal bytes."""
     info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime = len(data), 0o644, 0
+    info.size, info.mode, info.mtime = num_bytes, 0o644, 0
     info.uname = info.gname = ""
-    header = info.tobuf(tarfile.USTAR_FORMAT if len(name.encode()) <= 100 else tarfile.PAX_FORMAT)
-    return header + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+    return info.tobuf(tarfile.USTAR_FORMAT if len(name.encode()) <= 100 else tarfile.PAX_FORMAT)
 
 
 TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 
 
-def encode_sample(record: Record, jpeg: bytes, offset: int) -> tuple[bytes, tuple[int, ...]]:
-    """Bytes of the two adjacent members of one sample, and its index row if they are written at `offset`."""
+def encode_sample(record: Record, jpeg: bytes, offset: int) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
+    """The two adjacent members of one sample, in pieces to be written one after the other (a megabyte of JPEG is not
+    worth a copy), and its index row if they are written at `offset`."""
     data = encode_record(record)
-    jpg_member = tar_member(record.key + ".jpg", jpeg)
-    json_member = tar_member(record.key + ".json", data)
-    jpg_header = len(jpg_member) - len(jpeg) - (-len(jpeg) % tarfile.BLOCKSIZE)
-    json_header = len(json_member) - len(data) - (-len(data) % tarfile.BLOCKSIZE)
+    jpg_header, json_header = tar_header(record.key + ".jpg", len(jpeg)), tar_header(record.key + ".json", len(data))
+    jpg_padding, json_padding = (bytes(-len(part) % tarfile.BLOCKSIZE) for part in (jpeg, data))
+    jpg_offset = offset + len(jpg_header)
+    json_offset = jpg_offset + len(jpeg) + len(jpg_padding) + len(json_header)
     row = (
         record.image_id,
-        offset + jpg_header,
+        jpg_offset,
         len(jpeg),
-        offset + len(jpg_member) + json_header,
+        json_offset,
         len(data),
         len(record.annotations),
         record.height,
         record.width,
         zlib.crc32(data, zlib.crc32(jpeg)),
     )
-    return jpg_member + json_member, row
+    return (jpg_header, jpeg, jpg_padding, json_header, data, json_padding), row
 
 
 def write_whole(path: Path, data: bytes) -> None:

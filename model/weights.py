@@ -1,5 +1,6 @@
 """Weights in and out: MAE into SAM with a report of every parameter, and the names that other packages use.
 
+* `fit_sam`: start from SAM's own weights, at any input size.
 * `mae_to_sam`: start SAM's image encoder from a masked autoencoder (ViTDet, arXiv 2203.16527, A.2; SAM, appendix A).
 * `mae_from_released`, `mae_to_released`: files of the MAE authors' format.
 * `sam_from_huggingface`, `sam_to_huggingface`: transformers' `SamModel`.
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.pos_embed import resize_pos_embed
+from model.pos_embed import resize_pos_embed, resize_rel_pos
 from model.sam import Sam
 
 Weights = dict[str, Tensor]
@@ -113,6 +114,26 @@ def fit(key: str, value: Tensor, shape: torch.Size, patch_resize: PatchResize) -
         resized = resize_patch_kernel(value, shape[-1], patch_resize)
         return resized, f"kernel {value.shape[-1]} -> {shape[-1]}, {patch_resize}"
     return value, ""
+
+
+def fit_sam(weights: Weights, sam: Sam) -> Weights:
+    """SAM weights (our names, which are segment_anything's, or transformers') with their tables resized to `sam`.
+
+    Another input size changes the position table, resized bicubically, and the relative tables of global blocks,
+    resized linearly as the network itself would do. Whatever else does not fit is left for the strict load to name.
+    """
+    if any(name.startswith("vision_encoder.") for name in weights):
+        weights = sam_from_huggingface(weights)
+    target, fitted = sam.state_dict(), dict(weights)
+    for name, value in weights.items():
+        wanted = target.get(name)
+        if wanted is None or wanted.shape == value.shape:
+            continue
+        if name == "image_encoder.pos_embed" and value.dim() == 4 and wanted.shape[-1] == value.shape[-1]:
+            fitted[name] = resize_pos_embed(value, (wanted.shape[1], wanted.shape[2]))
+        elif ".rel_pos_" in name and wanted.shape[-1] == value.shape[-1]:
+            fitted[name] = resize_rel_pos(value, (wanted.shape[0] + 1) // 2)
+    return fitted
 
 
 def resize_patch_kernel(kernel: Tensor, size: int, method: PatchResize) -> Tensor:

@@ -147,15 +147,19 @@ class Checkpointer:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Weights and buffers of a checkpoint by the task's names, on the CPU. Needs no other process."""
+    """Weights and buffers of a checkpoint by the task's names, on the CPU. Needs no other process.
+
+    Averaged weights (`optim.ema_decay`) take the place of the plain ones; resuming does not go through here.
+    """
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     weights = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in stored.items()
-        if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        if key.startswith(("model.", "ema.")) and isinstance(entry, TensorStorageMetadata)
+        if key.startswith("ema.") or "ema." + key.removeprefix("model.") not in stored
     }
     dcp.load(weights, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-    return {key.removeprefix("model."): value for key, value in weights.items()}
+    return {key.split(".", 1)[1]: value for key, value in weights.items()}
 
 
 def read_run_state(path: Path) -> RunState:

@@ -14,16 +14,34 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, strict=True)]
 
 
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("the lower end comes first")
+    return value
+
+
+def _at_most_whole(value: tuple[float, float]) -> tuple[float, float]:
+    if value[1] > 1.0:
+        raise ValueError("a crop is at most the whole image: 1.0")
+    return value
+
+
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]  # lower and upper end
+CropScale = Annotated[Range, AfterValidator(_at_most_whole)]
+
+
 REMOTE_SCHEMES = ("http", "https", "s3", "gs")  # through fsspec; the last two need s3fs or gcsfs
+PIPE, PIPE_SLOT = "pipe:", "{}"  # a command that writes a file to its output, and where in it the file's name goes
 
 
 class Section(BaseModel):
@@ -53,7 +71,7 @@ class MaeModel(Section):
 
 
 class Remote(Section):
-    """Reading shards from a URL. Directories are read in place and need none of this."""
+    """Reading shards from a URL or a command. Directories are read in place and need none of this."""
 
     cache_dir: Path | None = None  # on a disk of the node; none = shard_cache_UID under $TMPDIR
     cache_gb: Positive = 500.0  # 10^9 bytes of shards a node keeps; docs/decisions/0008 says how much a run needs
@@ -62,12 +80,13 @@ class Remote(Section):
 
 
 class SamData(Section):
-    shards: str  # a packed data set: a directory, or a URL of http, https, s3 or gs
+    shards: str  # a packed data set: a directory, a URL of http, https, s3 or gs, or `pipe:COMMAND {}`
     eval_shards: str | None = None  # a packed data set of its own; none = the hold-out of `shards`
+    embeddings: Path | None = None  # of a frozen encoder, made by trainer.embed; read instead of images
     holdout_images: CountOrZero = 0  # left out of training by hash of the image id, about this many
     max_masks: Count = 64  # per image and step (SAM App. A)
     max_mask_area: Probability | None = None  # leave out masks over this share of the image (SAM 0.9; doc none)
-    scale_jitter: tuple[Positive, Positive] | None = None  # of the long side, then crop or pad (doc 0.8, 1.2)
+    scale_jitter: Range | None = None  # of the long side, then crop or pad (doc 0.8, 1.2)
     horizontal_flip: Probability = 0.0
     color_jitter: NonNegative = 0.0  # brightness, contrast, saturation each by a factor in 1 -+ this
     lanes: Count = 64  # fixed streams of shards that a global batch draws from evenly
@@ -80,7 +99,8 @@ class SamData(Section):
 
 class MaeData(Section):
     shards: str
-    crop_scale: tuple[Positive, Positive] = (0.2, 1.0)  # area share of the random crop (MAE code; doc 0.08)
+    holdout_images: CountOrZero = 0  # as in stage 2, so that its held-out images are unseen here too
+    crop_scale: CropScale = (0.2, 1.0)  # area share of the random crop (MAE code; doc 0.08)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # doc silent (torchvision's default: bilinear)
     horizontal_flip: Probability = 0.5
     color_jitter: NonNegative = 0.0  # doc 0.4; MAE A.1 uses none
@@ -114,6 +134,7 @@ class Prompts(Section):
     random_background: bool = True  # of n points 1..n are foreground, the rest background (doc); else all foreground
     box_noise: NonNegative = 0.0  # largest shift as a share of the side, at most `box_noise_pixels` (SAM 0.1; doc none)
     box_noise_pixels: NonNegative = 20.0  # input pixels
+    box_noise_kind: Literal["uniform", "normal"] = "uniform"  # as sam2 has it, or a normal deviation cut at the limit
     rounds: Count = 1  # doc 1; SAM 11
     rounds_without_click: CountOrZero = 0  # of the later rounds: the last, and others at random (SAM 2)
 
@@ -133,22 +154,26 @@ class SamLoss(Section):
     focal_alpha: Probability = 0.25
     focal_gamma: NonNegative = 2.0
     dice_smooth: NonNegative = 1.0
-    resolution: Count = 256  # pixels a side of the target; the logits are resampled to it
+    resolution: Count = 256  # pixels a side of the target; the logits are resampled to it (sam2 1024; SAM, doc silent)
+    sampled_points: Count | None = None  # focal and dice on this many points a mask, not all pixels (sam3 12544)
     multimask: Literal["best", "all", "single"] = "best"  # three masks by least loss, all three, token 0 alone
     multimask_when: Literal["always", "single_prompt"] = "always"  # doc: always (and token 0 too); SAM: one prompt
+    box_is_single_prompt: bool = True  # SAM's text: a box alone is one prompt; sam2's code counts its two corners
     select_by: Literal["total", "mask"] = "total"  # least loss with the IoU part (doc) or without (sam2)
+    iou_on: Literal["selected", "all"] = "selected"  # the IoU head learns on the chosen mask (SAM) or all three (sam2)
     normalize: Literal["image_mean", "mask_mean"] = "image_mean"  # doc; paper recipe: one count over the batch
 
 
 class Optim(Section):
     lr: Positive
     lr_per_256: bool = False  # multiply by global batch / 256 (MAE A.1)
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     decay_bias_and_norm: bool = True  # MAE: false; doc silent
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # of the encoder (SAM 0.8; doc none)
     grad_clip: Positive | None = None  # global norm; neither recipe clips
+    ema_decay: BelowOne | None = None  # average the weights, 0.9999 say; evaluation and export then use the average
 
 
 class Schedule(Section):
@@ -220,10 +245,29 @@ class Log(Section):
     sample_keys: bool = False  # also write every step's keys and draws, one file a rank, to compare runs
 
 
+class Profile(Section):
+    steps: tuple[Count, Count] | None = None  # record these, first to last, counted from 1: RUN/profile/
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Profile":
+        if self.steps and self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps: the first, {self.steps[0]}, lies after the last, {self.steps[1]}")
+        return self
+
+
 class Evaluate(Section):
     every_steps: Count = 5000
     num_images: Count = 64  # of the hold-out, the same first ones every time
-    clicks: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 3, 5)
+    clicks: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 3, 5, 9)  # SAM D.1
+    random_clicks: bool = False  # also clicks drawn at random, the other variant of SAM D.1
+    boundary: bool = True  # also boundary IoU and boundary F; docs/evaluation.md has the cost
+
+
+class Diagnostics(Section):
+    """Gradients of the loss parts, spread of the hypotheses, prompt following: docs/diagnostics.md."""
+
+    every_steps: Count | None = None  # none = off
+    num_images: Count = 8  # of the hold-out, the same first ones every time
 
 
 class Run(Section):
@@ -238,6 +282,7 @@ class Run(Section):
     engine: Engine = Engine()
     checkpoint: Checkpoint
     log: Log = Log()
+    profile: Profile = Profile()
 
 
 class MaeConfig(Run):
@@ -266,6 +311,7 @@ class SamConfig(Run):
     prompts: Prompts = Prompts()
     loss: SamLoss = SamLoss()
     evaluate: Evaluate = Evaluate()
+    diagnostics: Diagnostics = Diagnostics()
 
     @model_validator(mode="after")
     def _possible(self) -> "SamConfig":
@@ -276,6 +322,12 @@ class SamConfig(Run):
             problems.append("loss.focal and loss.dice are both 0: the masks would learn nothing")
         if self.data.holdout_images == 0 and self.data.eval_shards is None:
             problems.append("data.eval_shards or data.holdout_images must give evaluation something to read")
+        if self.data.embeddings is not None:
+            if any("image_encoder" not in phase.frozen for phase in self.phases):
+                problems.append("data.embeddings needs the image encoder frozen in every phase, or set it to null")
+            data = self.data
+            if data.scale_jitter or data.horizontal_flip or data.color_jitter:
+                problems.append("data.embeddings are of unchanged images: no scale_jitter, flip or color_jitter")
         for before, phase in zip((None, *self.phases), self.phases, strict=False):
             if len(set(phase.frozen)) == 3:
                 problems.append(f"phase {phase.name} freezes everything")
@@ -442,7 +494,9 @@ def _set_aside(tree: Any, path: tuple[int | str, ...]) -> bool:
 
 
 def is_remote(source: str) -> bool:
-    """Whether a data set is named by a URL that can be read."""
+    """Whether a data set is named by a URL that can be read, or by a command."""
+    if source.startswith(PIPE):
+        return PIPE_SLOT in source
     scheme, separator, _ = source.partition("://")
     return bool(separator) and scheme in REMOTE_SCHEMES
 
@@ -455,8 +509,15 @@ def _missing_paths(tree: dict[str, Any]) -> list[str]:
         path = values.get(key) if isinstance(values, dict) else None
         if not isinstance(path, str) or (section == "data" and is_remote(path)):
             continue
-        if section == "data" and ("://" in path or path.startswith("pipe:")):
+        if section == "data" and path.startswith(PIPE):
+            problems.append(f"{section}.{key}: {path} lacks {PIPE_SLOT}, which stands for the name of a file")
+        elif section == "data" and "://" in path:
             problems.append(f"{section}.{key}: {path} is no directory and no URL of {', '.join(REMOTE_SCHEMES)}")
         elif not Path(path).exists():
             problems.append(f"{section}.{key}: {path} does not exist")
+        elif section == "data" and not (Path(path) / "manifest.json").is_file():
+            problems.append(
+                f"{section}.{key}: {path} holds no manifest.json; pack the data with `python -m data_tools.pack`, or "
+                f"index shards that exist with `python -m data_tools.index {path}`"
+            )
     return problems

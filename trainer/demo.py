@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-TRAIN_IMAGES, EVAL_IMAGES = 4000, 80
+TRAIN_IMAGES, EVAL_IMAGES = 4000, 100
 EVAL_SEED_OFFSET = 1000  # scenes of seeds that training never sees
 MIN_OVER_FILLED_BOX, MIN_OVER_ONE_CLICK = 0.10, 0.03  # what "it learns" means
 CLICKS = (1, 3, 5)
@@ -84,7 +84,8 @@ def pack_data(out: Path, data: Path | None, seed: int, quick: bool) -> tuple[Pat
         raw = out / "raw" / name
         done = raw / "done"
         if not done.exists():
-            run("data_tools.synthesize", "--out", str(raw), "--num-images", str(count), "--seed", str(scenes_seed))
+            scenes = ["--num-images", str(count), "--seed", str(scenes_seed), "--workers", "2"]
+            run("data_tools.synthesize", "--out", str(raw), *scenes)
             done.touch()
         run("data_tools.pack", "sa1b", str(raw), "--out", str(out / "shards" / name), "--workers", "2")
     return shards, [f"data.eval_shards={eval_shards}"]
@@ -96,7 +97,8 @@ def train_both(out: Path, shards: Path, sam_data: list[str], seed: int, quick: b
     shared = [f"seed={seed}", f"data.shards={shards}"]
     short_mae = ["phases.0.steps=4", "schedule.warmup_steps=1"] if quick else []
     short_sam = ["phases.0.steps=2", "phases.1.steps=4", "schedule.warmup_steps=1"] if quick else []
-    train("launch/configs/mae_tiny.yaml", f"run_dir={mae_run}", *shared, *short_mae)
+    unseen = [setting for setting in sam_data if setting.startswith("data.holdout_images")]  # by stage 1 too
+    train("launch/configs/mae_tiny.yaml", f"run_dir={mae_run}", *shared, *unseen, *short_mae)
     train(
         "launch/configs/sam_tiny.yaml",
         f"run_dir={sam_run}",

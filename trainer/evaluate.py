@@ -3,91 +3,225 @@
     python -m trainer.evaluate runs/sam_tiny                             # newest checkpoint, the run's own hold-out
     python -m trainer.evaluate runs/sam_tiny --shards DIR --out scores.json --picture masks.png
     python -m trainer.evaluate runs/sam_tiny --untrained                 # the same network before its first step
+    python -m trainer.evaluate sam_vit_h_4b8939.pth --shards DIR         # released weights
+    torchrun --nproc-per-node 8 -m trainer.evaluate runs/sam_vith        # the same numbers, sooner
 
 mIoU is the mean over masks of the IoU at the original resolution, for a box and for 1, 2, 3, ... clicks; the protocol
-is in `trainer/interactive.py`. `filled_box` is the box itself taken as the mask: what the prompt alone is worth.
+is in `trainer/interactive.py`, every measure in `trainer/scores.py`, what the names mean in docs/evaluation.md.
 """
 
 import argparse
 import json
+import math
 import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from data_tools import rle
 from trainer.checkpoint import Checkpointer, load_weights
 from trainer.config import ConfigError, SamConfig, load_config
-from trainer.data.eval_data import evaluation_batch, evaluation_batches, evaluation_rows, original_image
+from trainer.data.eval_data import (
+    diagnostic_batch,
+    evaluation_batch,
+    evaluation_batches,
+    evaluation_rows,
+    original_image,
+)
 from trainer.data.shards import ShardReader
-from trainer.distributed import World, broadcast_object, gather_objects, single_process
-from trainer.interactive import MaskScore
+from trainer.diagnostics import NAMES, means
+from trainer.distributed import (
+    World,
+    broadcast_object,
+    gather_objects,
+    single_process,
+    start_world,
+    stop_world,
+    sum_on_host,
+)
+from trainer.interactive import MATCHED, EvalBatch, MaskScore
 from trainer.metrics import Logger
 from trainer.parallel.engine import Engine
-from trainer.pictures import PREDICTED, TRUTH, draw_prompts, grid, overlay
-from trainer.stages import build_sam_task
+from trainer.pictures import answer_row, grid, round_rows
+from trainer.sam_task import SamTask
+from trainer.scores import SIZES, average_precision, calibration, match_image, size_of
+from trainer.stages import build_sam_task, read_weights, sam_size
 
-PICTURE_IMAGES, PICTURE_SIDE = 4, 192
+PICTURE_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class ScoredImage:
+    """What is gathered of one image: numbers, and COCOeval's matching instead of the masks themselves."""
+
+    index: int  # in the rows that are evaluated
+    scores: list[MaskScore]  # without masks
+    matches: dict[str, list[Any]]  # by the protocols of MATCHED
+
+
+def never() -> bool:
+    return False
 
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, reader: ShardReader, rows: np.ndarray, config: SamConfig, world: World
-) -> dict[str, float]:
-    """mIoU by protocol over all masks of `rows`, each counted once; the same on every rank. All ranks call."""
+    engine: Engine,
+    reader: ShardReader,
+    rows: np.ndarray,
+    config: SamConfig,
+    world: World,
+    stop: Callable[[], bool] = never,
+) -> dict[str, float] | None:
+    """Every measure over all masks of `rows`, each counted once: the same numbers on every rank and any number of them.
+
+    All ranks call. `stop` is asked after each image; if any rank says yes all leave, with None.
+    """
     engine.task.eval()
-    scores: list[MaskScore] = []
-    for batch in evaluation_batches(reader, rows, config, world.rank, world.size):
-        scores += engine(batch.to(world.device))
-    gathered = gather_objects([score.iou for score in scores], world)
-    return broadcast_object(summarize([iou for part in gathered for iou in part]) if world.is_main else None, world)
+    mine: list[ScoredImage] = []
+    for index, batch in evaluation_batches(reader, rows, config, world.rank, world.size):
+        scores: list[MaskScore] = engine(batch.to(world.device))
+        if scores:
+            mine.append(score_image(index, batch, scores))
+        if sum_on_host([float(stop())], world)[0]:
+            return None
+    gathered = gather_objects(mine, world)
+    # In the order of the images, so that not even the last digit depends on the layout.
+    images = sorted((image for part in gathered for image in part), key=lambda image: image.index)
+    return broadcast_object(summarize(images) if world.is_main else None, world)
 
 
-def summarize(ious: list[dict[str, float]]) -> dict[str, float]:
-    """Mean over masks of each protocol, and how many masks there were."""
-    if not ious:
+def score_image(index: int, batch: EvalBatch, scores: list[MaskScore]) -> ScoredImage:
+    """Match an image's answers with its truths, and leave the masks behind."""
+    matches = {
+        name: match_image(batch.truths[0], [s.found[name] for s in scores], [s.predicted_iou[name] for s in scores])
+        for name in MATCHED
+        if name in scores[0].found
+    }
+    return ScoredImage(index, [without_masks(score) for score in scores], matches)
+
+
+def without_masks(score: MaskScore) -> MaskScore:
+    return replace(score, found={}, views={})
+
+
+def summarize(images: Sequence[ScoredImage]) -> dict[str, float]:
+    """All measures by name, means over masks. docs/evaluation.md explains the names; `miou` is the headline."""
+    scores = [score for image in images for score in image.scores]
+    if not scores:
         raise ValueError("no mask to evaluate: the evaluation images have none")
-    means = {name: float(np.mean([iou[name] for iou in ious])) for name in ious[0]}
-    return {**means, "num_masks": float(len(ious))}
+    prompts = list(scores[0].predicted_iou)
+    summary = {name: mean(score.iou[name] for score in scores) for name in scores[0].iou}
+    summary["miou"] = float(np.mean([summary[name] for name in prompts]))
+    summary["num_masks"] = float(len(scores))
+    for size in SIZES:
+        some = [score for score in scores if size_of(score.area) == size]
+        if some:
+            summary |= {f"{size}/{name}": mean(score.iou[name] for score in some) for name in prompts}
+            summary[f"{size}/num_masks"] = float(len(some))
+    for name in scores[0].boundary_iou:
+        summary[f"boundary_iou/{name}"] = mean(score.boundary_iou[name] for score in scores)
+        summary[f"boundary_f/{name}"] = mean(score.boundary_f[name] for score in scores)
+    for name in prompts:
+        found = calibration([s.predicted_iou[name] for s in scores], [s.iou[name] for s in scores])
+        summary |= {f"calibration/{name}_{key}": value for key, value in found.items()}
+    for name in images[0].matches:
+        found = average_precision([image.matches[name] for image in images])
+        summary |= {f"{name}/{key}": value for key, value in found.items()}
+    return summary
+
+
+def mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
 @torch.no_grad()
-def mask_picture(engine: Engine, reader: ShardReader, rows: np.ndarray, config: SamConfig, world: World) -> np.ndarray:
-    """One row an image: truth, answer to a box, to one click and to most clicks, prompts drawn. All ranks call."""
+def evaluation_pictures(
+    engine: Engine, reader: ShardReader, rows: np.ndarray, config: SamConfig, world: World
+) -> tuple[np.ndarray, np.ndarray]:
+    """The largest mask of the first images, in two sheets. All ranks call.
+
+    The first has a row an image: truth, answer to a box, to one click, to most clicks. The second has a row a round
+    and image: the prompts, the three hypotheses with their predicted IoU, the answer, its error.
+    """
     engine.task.eval()
     shown = rows[:PICTURE_IMAGES]
-    batch = evaluation_batch(reader, shown, config, keep_masks=True)
+    batch = largest_masks(evaluation_batch(reader, shown, config, keep_masks=True))
     scores: list[MaskScore] = engine(batch.to(world.device))
-    most = max(config.evaluate.clicks)
-    panels = []
+    answers, rounds = [], []
     for i, row in enumerate(shown):
-        image = original_image(reader, int(row))
-        mine = [score for score in scores if score.key == batch.keys[i]]
-        if not mine:
-            continue
-        score = max(mine, key=lambda s: rle.area(batch.truths[i][s.number]))
-        truth = batch.truths[i][score.number]
-        x, y, width, height = rle.box(truth)
-        box = (float(x), float(y), float(x + width), float(y + height))
-        cells = [(overlay(image, rle.to_bitmap(truth).astype(bool), TRUTH), [], None, "truth")]
-        for name, clicks, drawn in (("box", 0, box), ("click_1", 1, None), (f"click_{most}", most, None)):
-            if name in score.predicted:
-                caption = f"{name} IoU {score.iou[name]:.2f}"
-                cells.append((overlay(image, score.predicted[name], PREDICTED), score.clicks[:clicks], drawn, caption))
-        panels.append([draw_prompts(picture, PICTURE_SIDE, c, b, caption) for picture, c, b, caption in cells])
-    return grid(panels)
+        for score in (score for score in scores if score.key == batch.keys[i]):
+            image = original_image(reader, int(row))
+            truth = rle.to_bitmap(batch.truths[i][0]).astype(bool)
+            box = rle.box(batch.truths[i][0])
+            answers.append(answer_row(image, truth, box, score, max(config.evaluate.clicks)))
+            rounds += round_rows(image, truth, box, score)
+    return grid(answers), grid(rounds)
+
+
+def largest_masks(batch: EvalBatch) -> EvalBatch:
+    """The same images with one truth each, the one of most pixels."""
+    return replace(batch, truths=[[max(masks, key=rle.area)] if masks else [] for masks in batch.truths])
 
 
 def evaluate_and_log(
+    engine: Engine,
+    reader: ShardReader,
+    rows: np.ndarray,
+    config: SamConfig,
+    world: World,
+    logger: Logger,
+    step: int,
+    stop: Callable[[], bool],
+) -> float | None:
+    """Evaluation during training: scalars, pictures of the same few images every time, one console line.
+
+    Returns the headline mIoU, the mean over the prompts that are scored; None if it was told to stop.
+    """
+    summary = evaluate(engine, reader, rows, config, world, stop)
+    if summary is None:
+        logger.say(f"step {step}: the evaluation was left, since the run was asked to stop")
+        return None
+    logger.scalars(step, {scalar_name(name): value for name, value in summary.items() if "num_masks" not in name})
+    answers, rounds = evaluation_pictures(engine, reader, rows, config, world)
+    logger.picture(step, "eval/masks", answers)
+    logger.picture(step, "eval/rounds", rounds)
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in summary.items() if is_miou(name))
+    logger.say(f"step {step}: mIoU over {summary['num_masks']:.0f} masks: {shown}")
+    return summary["miou"]
+
+
+@torch.no_grad()
+def diagnose_and_log(
     engine: Engine, reader: ShardReader, rows: np.ndarray, config: SamConfig, world: World, logger: Logger, step: int
 ) -> None:
-    """Evaluation during training: scalars, pictures of the same few images every time, one console line."""
-    summary = evaluate(engine, reader, rows, config, world)
-    logger.scalars(step, {f"eval/miou_{name}": value for name, value in summary.items() if name != "num_masks"})
-    logger.picture(step, "eval/masks", mask_picture(engine, reader, rows, config, world))
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in summary.items() if name != "num_masks")
-    logger.say(f"step {step}: mIoU over {summary['num_masks']:.0f} masks: {shown}")
+    """The diagnostics of `trainer/diagnostics.py` as scalars, over the objects of `rows`. All ranks call."""
+    started = time.perf_counter()
+    engine.task.eval()
+    sums = torch.zeros(len(NAMES) + 2, dtype=torch.float64)
+    for index in range(world.rank, math.ceil(len(rows) / world.size) * world.size, world.size):  # as many on each rank
+        batch = diagnostic_batch(reader, rows[index : index + 1], config)
+        sums += engine(batch.to(world.device)).cpu()
+    values = means(sum_on_host(sums.tolist(), world))
+    values["seconds"] = time.perf_counter() - started
+    logger.scalars(step, {f"diagnostics/{name}": value for name, value in values.items()})
+
+
+def is_miou(name: str) -> bool:
+    """Whether an entry of a summary is an mIoU over all masks."""
+    return "/" not in name and name != "num_masks"
+
+
+def scalar_name(name: str) -> str:
+    """`box` to `eval/miou_box`, `boundary_iou/box` to `eval_boundary_iou/box`."""
+    if name == "miou":
+        return "eval/miou"
+    return f"eval/miou_{name}" if is_miou(name) else f"eval_{name}"
 
 
 class _PlainEngine:
@@ -102,44 +236,90 @@ class _PlainEngine:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run directory of stage 2")
+    parser.add_argument("run", type=Path, help="run directory of stage 2, or a file of weights (.pth)")
     parser.add_argument("--shards", help="packed data set, directory or URL; default: the run's own evaluation data")
     parser.add_argument("--num-images", type=int, help="first images only; default: all")
     parser.add_argument("--untrained", action="store_true", help="score the network before its first step")
+    parser.add_argument("--random-clicks", action="store_true", help="score clicks drawn at random too")
     parser.add_argument("--out", type=Path, help="write the scores as JSON")
     parser.add_argument("--picture", type=Path, help="write a picture of some masks (PNG)")
     options = parser.parse_args(arguments)
+    world = start_world(timeout_minutes=30)
     try:
-        overrides = [f"data.eval_shards={options.shards}"] if options.shards else []
-        config = load_config(options.run / "config.yaml", overrides, check_paths=False)
-        if not isinstance(config, SamConfig):
-            raise ValueError(f"{options.run} is a run of stage {config.stage}; evaluation needs stage sam")
-        world = single_process()
-        task = build_sam_task(config, frozen=(), initial_weights=False)
-        if not options.untrained:
-            checkpoint = Checkpointer(options.run / "checkpoints", config.checkpoint.keep_last, world).newest()
-            if checkpoint is None:
-                raise ValueError(f"{options.run}/checkpoints holds no complete checkpoint")
-            task.load_state_dict(load_weights(checkpoint), strict=True)
-        engine = _PlainEngine(task.to(world.device))
-        reader, rows = evaluation_rows(config)
-        rows = rows[: options.num_images] if options.num_images else rows
-        summary = evaluate(engine, reader, rows, config, world)  # type: ignore[arg-type]
+        return run(options, world)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
     except ValueError as error:
         print(f"evaluate: {error}", file=sys.stderr)
-        return 2
+    finally:
+        stop_world(world)
+    return 2
+
+
+def run(options: argparse.Namespace, world: World) -> int:
+    """The command on one of its processes. Raises `ValueError` for what a user can mend."""
+    overrides = [f"data.eval_shards={options.shards}"] if options.shards else []
+    overrides += ["evaluate.random_clicks=true"] if options.random_clicks else []
+    config, task = load_network(options.run, overrides, options.untrained)
+    engine = _PlainEngine(task.to(world.device))
+    reader, rows = evaluation_rows(config)
+    rows = rows[: options.num_images] if options.num_images else rows
+    summary = evaluate(engine, reader, rows, config, world)  # type: ignore[arg-type]
+    assert summary is not None, "nobody asked to stop"
+    if not world.is_main:
+        return 0
     for name, value in summary.items():
-        print(f"{name:12} {value:.4f}")
+        print(f"{name:28} {value:.4f}")
     if options.out:
         options.out.write_text(json.dumps(summary, indent=1) + "\n")
     if options.picture:
-        from PIL import Image
-
-        Image.fromarray(mask_picture(engine, reader, rows, config, world)).save(options.picture)  # type: ignore[arg-type]
+        answers, _ = evaluation_pictures(engine, reader, rows, config, world)  # type: ignore[arg-type]
+        Image.fromarray(answers).save(options.picture)
     return 0
+
+
+def load_network(path: Path, overrides: list[str], untrained: bool) -> tuple[SamConfig, SamTask]:
+    """Settings and network of a run directory, or of a file of weights with the settings of an evaluation alone."""
+    if path.is_file():
+        weights = read_weights(path)
+        config = config_for_weights(weights, overrides)
+        task = build_sam_task(config, frozen=(), initial_weights=False)
+        task.sam.load_state_dict(weights, strict=True)
+        return config, task
+    loaded = load_config(path / "config.yaml", overrides, check_paths=False)
+    if not isinstance(loaded, SamConfig):
+        raise ValueError(f"{path} is a run of stage {loaded.stage}; evaluation needs stage sam")
+    task = build_sam_task(loaded, frozen=(), initial_weights=False)
+    if not untrained:
+        checkpoint = Checkpointer(path / "checkpoints", loaded.checkpoint.keep_last, single_process()).newest()
+        if checkpoint is None:
+            raise ValueError(f"{path}/checkpoints holds no complete checkpoint")
+        task.load_state_dict(load_weights(checkpoint), strict=True)
+    return loaded, task
+
+
+def config_for_weights(weights: Mapping[str, torch.Tensor], overrides: list[str]) -> SamConfig:
+    """The settings that evaluating bare weights needs; what only training reads is filled in and not read."""
+    size, image_size = sam_size(weights)
+    tree: dict[str, Any] = {
+        "stage": "sam",
+        "run_dir": ".",
+        "model": {"size": size, "image_size": image_size},
+        "data": {"shards": ""},
+        "optim": {"lr": 1.0},
+        "schedule": {"warmup_steps": 0},
+        "phases": [{"name": "none", "steps": 1}],
+        "batch": {"global_size": 1, "micro": 1},
+        "checkpoint": {"every_steps": 1},
+        "evaluate": {},
+    }
+    if not overrides or not overrides[0].startswith("data.eval_shards="):
+        raise ValueError("a file of weights has no data of its own: give --shards")
+    for override in overrides:
+        key, value = override.split("=", 1)
+        section, name = key.split(".")
+        tree[section][name] = value if section == "data" else value == "true"
+    return SamConfig.model_validate(tree)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,117 @@
 """Write the weights of a run as a file that other packages load.
 
     python -m trainer.export runs/sam_vith --format segment_anything --out sam_vit_h.pth
+    python -m trainer.export runs/sam_vith --format huggingface --out sam_vit_h_hf/      # a directory
+    python -m trainer.export runs/sam_vith --format timm --out samvit_huge.pth           # the image encoder alone
     python -m trainer.export runs/sam_vith/checkpoints/step_00090000 --out sam_vit_h.pth
 
 `segment_anything`: a plain `torch.save` state dict, fp32, with exactly the released key names; the package's
-`sam_model_registry[...](checkpoint=...)` takes it.
+`sam_model_registry[...](checkpoint=...)` takes it. `huggingface`: what transformers' `SamModel.from_pretrained` and
+`SamProcessor.from_pretrained` take. `timm`: the state dict of `timm.create_model("samvit_*_patch16", num_classes=0)`.
+Averaged weights (optim.ema_decay) are what is written where the run has them.
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from model.build import SIZES, Size
+from model.weights import Weights, encoder_to_timm, sam_to_huggingface
 from trainer.stages import read_weights
 
+FORMATS = ("segment_anything", "huggingface", "timm")
 
-def export(run: Path, out: Path) -> int:
-    """Write the newest weights of `run` to `out`, whole or not at all; returns the number of tensors."""
-    weights = read_weights(run)
+
+def export(run: Path, out: Path, file_format: str = "segment_anything") -> int:
+    """Write the newest weights of `run` to `out`, whole or not at all; returns the number of tensors.
+
+    Raises `ValueError` if they are no SAM's.
+    """
+    weights = {name: tensor.float().contiguous() for name, tensor in read_weights(run).items()}
+    if "image_encoder.pos_embed" not in weights:
+        raise ValueError(f"{run} holds no SAM weights; a run of stage 1 goes into stage 2 through model.init_from")
     temporary = out.with_name(out.name + ".tmp")
-    torch.save({name: tensor.float().contiguous() for name, tensor in weights.items()}, temporary)
+    if file_format == "huggingface":
+        if out.is_file():
+            raise ValueError(f"{out} is a file; --format huggingface writes a directory")
+        weights = sam_to_huggingface(weights)
+        write_huggingface(weights, temporary)
+        shutil.rmtree(out, ignore_errors=True)
+    else:
+        weights = encoder_to_timm(weights) if file_format == "timm" else weights
+        torch.save(weights, temporary)
     temporary.replace(out)
     return len(weights)
 
 
+def write_huggingface(weights: Weights, directory: Path) -> None:
+    """A directory for `from_pretrained`: transformers itself loads the weights, strictly, and writes them."""
+    # Here and not above: the import takes seconds, and only this format needs it.
+    from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
+
+    settings = huggingface_settings(weights)
+    with torch.device("meta"):
+        model = SamModel(SamConfig(**settings))
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.save_pretrained(directory)
+    side = settings["vision_config"]["image_size"]
+    SamProcessor(
+        SamImageProcessor(
+            size={"longest_edge": side},
+            pad_size={"height": side, "width": side},
+            mask_size={"longest_edge": side // 4},
+            mask_pad_size={"height": side // 4, "width": side // 4},
+        )
+    ).save_pretrained(directory)
+
+
+def huggingface_settings(weights: Weights) -> dict[str, Any]:
+    """transformers' three sections for weights in its names; sizes are read off the tensors."""
+    _, grid, _, width = weights["vision_encoder.pos_embed"].shape
+    size = size_of_width(width)
+    return {
+        "vision_config": {
+            "hidden_size": width,
+            "output_channels": size.prompt_dim,
+            "num_hidden_layers": size.depth,
+            "num_attention_heads": size.num_heads,
+            "image_size": 16 * grid,
+            "patch_size": 16,
+            "window_size": size.window_size,
+            "global_attn_indexes": list(size.global_attn_indexes),
+            "mlp_dim": 4 * width,
+            "num_pos_feats": size.prompt_dim // 2,
+        },
+        "prompt_encoder_config": {"hidden_size": size.prompt_dim, "image_size": 16 * grid, "patch_size": 16},
+        "mask_decoder_config": {"hidden_size": size.prompt_dim, "mlp_dim": size.decoder_mlp_dim},
+    }
+
+
+def size_of_width(width: int) -> Size:
+    """The entry of SIZES whose encoder is that wide; no two are alike."""
+    for size in SIZES.values():
+        if size.embed_dim == width:
+            return size
+    raise ValueError(f"no model of model/build.py has an encoder of width {width}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run directory or one of its checkpoints")
-    parser.add_argument("--format", choices=["segment_anything"], default="segment_anything")
+    parser.add_argument("run", type=Path, help="run directory, one of its checkpoints, or a file of weights")
+    parser.add_argument("--format", choices=FORMATS, default="segment_anything")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     try:
-        count = export(options.run, options.out)
+        count = export(options.run, options.out, options.format)
     except ValueError as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
-    print(f"{options.out}: {count} tensors, {options.out.stat().st_size / 1e6:.1f} MB")
+    num_bytes = sum(file.stat().st_size for file in [options.out, *options.out.glob("*")] if file.is_file())
+    print(f"{options.out}: {count} tensors, {num_bytes / 1e6:.1f} MB")
     return 0
 
 

@@ -1,13 +1,16 @@
-"""Simulated users: box and clicks on every mask of an image, answered by the network, scored at original resolution.
+"""Simulated users: boxes and clicks on every mask of an image, answered by the network, scored at original resolution.
 
 Protocol (SAM section 7.1 and D.1): the first click is the pixel farthest from the mask's boundary, each next one the
 pixel farthest from the boundary of the error region, positive where the truth was missed, negative where too much
-was taken. The answer to a single prompt is the hypothesis of highest *predicted* IoU of three, to more the single-mask
-token's; from the second click on the previous answer is given as mask prompt too.
+was taken; `random` clicks are drawn uniformly from the mask and then from the error instead. The answer to a single
+prompt is the hypothesis of highest *predicted* IoU of three, to more the single-mask token's; from the second click on
+the previous answer is given as mask prompt too. `box_oracle` and `click_1_oracle` take the hypothesis of highest *true*
+IoU instead (SAM 7.1 "oracle"): how much of the error is choosing.
 
 Letters: B images, M masks, H W input pixels, h w logits, Y X pixels of the original image.
 """
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import cv2
@@ -20,6 +23,10 @@ from data_tools import rle
 from model.prompt_encoder import Prompts
 from model.sam import Sam, SamOutput
 from trainer.prompts import NO_POINT
+from trainer.scores import boundary_f, boundary_iou, filled_box_iou
+
+MATCHED = ("box", "click_1")  # answers that are kept as runs, for AP
+Click = tuple[float, float, int]  # x, y in original pixels, label
 
 
 @dataclass(frozen=True)
@@ -31,23 +38,40 @@ class EvalBatch:
     truths: list[list[rle.Runs]]  # (B)(M), at original resolution
     keys: list[str]  # (B)
     clicks: tuple[int, ...]  # numbers of clicks after which to score, ascending
+    random_clicks: bool  # also score clicks drawn at random
+    boundary: bool  # also score boundaries
     single_token: bool  # the single-mask token answers every prompt: where no other was trained
     masks_at_once: int  # how many masks of an image are decoded together; limits memory, changes nothing
     keep_masks: bool = False  # return the predicted bitmaps too, for pictures
+    single_token_for_boxes: bool = False  # it answers boxes: where training counts a box as two prompts
 
     def to(self, device: torch.device) -> "EvalBatch":
         return replace(self, images=self.images.to(device), image_sizes=self.image_sizes.to(device))
 
 
 @dataclass(frozen=True)
+class View:
+    """What a person should see of one answer, if kept: bitmaps (Y, X) and the IoUs that the network predicted."""
+
+    shown: np.ndarray
+    hypotheses: list[np.ndarray]  # 3
+    predicted_ious: list[float]  # 3
+
+
+@dataclass(frozen=True)
 class MaskScore:
-    """One mask of one image: IoU by protocol, for example `box`, `click_1`, and the filled box as baseline."""
+    """One mask of one image. Each dictionary is by protocol: `box`, `click_1`, `random_1`, ..."""
 
     key: str
     number: int  # of the mask in its image
-    iou: dict[str, float]
-    clicks: list[tuple[float, float, int]]  # x, y in original pixels, label
-    predicted: dict[str, np.ndarray]  # bitmaps (Y, X) if kept
+    area: int  # original pixels
+    iou: dict[str, float]  # the oracles and the filled box as baseline too
+    predicted_iou: dict[str, float]
+    boundary_iou: dict[str, float]  # empty unless asked for
+    boundary_f: dict[str, float]
+    clicks: list[Click]
+    found: dict[str, rle.Runs]  # the answers named in MATCHED
+    views: dict[str, View]  # if kept
 
 
 EvalScores = list[MaskScore]
@@ -55,17 +79,29 @@ EvalScores = list[MaskScore]
 
 @torch.no_grad()
 def interact(sam: Sam, batch: EvalBatch) -> EvalScores:
-    """Answer a box and a sequence of clicks for every mask of every image."""
+    """Answer boxes and sequences of clicks for every mask of every image.
+
+    Images are encoded one at a time, so that a score does not depend on which images share a batch.
+    """
     images = sam.normalize_images(batch.images, batch.image_sizes)
-    embeddings = sam.encode_images(images)
     scores: EvalScores = []
     for i, truths in enumerate(batch.truths):
+        embedding = sam.encode_images(images[i : i + 1])
         height, width = batch.image_sizes[i].tolist()
         for first in range(0, len(truths), batch.masks_at_once):
             some = truths[first : first + batch.masks_at_once]
-            user = _Session(sam, embeddings[i : i + 1], batch, some, first, batch.keys[i], (height, width))
+            user = _Session(sam, embedding, batch, some, first, batch.keys[i], (height, width))
             scores += user.run()
     return scores
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The network's answers to one set of prompts on M masks."""
+
+    output: SamOutput
+    bitmaps: np.ndarray  # (M, Y, X), what is shown
+    predicted_ious: list[float]  # (M), of what is shown
 
 
 class _Session:
@@ -90,17 +126,51 @@ class _Session:
 
     def run(self) -> EvalScores:
         answers = {"box": self.answer_to_boxes()}
-        answers_to_clicks, clicks = self.answers_to_clicks()
-        answers |= answers_to_clicks
-        scores = []
-        for m, truth in enumerate(self.truths):
-            iou = {name: bitmap_iou(masks[m], truth) for name, masks in answers.items()}
-            iou["filled_box"] = filled_box_iou(self.runs[m])
-            kept = {name: masks[m] for name, masks in answers.items()} if self.batch.keep_masks else {}
-            scores.append(MaskScore(self.key, self.first + m, iou, clicks[m], kept))
-        return scores
+        by_center, clicks = self.answers_to_clicks(at_random=False)
+        answers |= by_center
+        if self.batch.random_clicks:
+            answers |= self.answers_to_clicks(at_random=True)[0]
+        oracle = {}
+        if not self.batch.single_token:  # else the three hypotheses were never trained
+            oracle = {f"{name}_oracle": self.oracle(answers[name].output) for name in MATCHED if name in answers}
+        return [self.score(m, answers, oracle, clicks[m]) for m in range(len(self.truths))]
 
-    def answer_to_boxes(self) -> np.ndarray:
+    def score(
+        self, m: int, answers: dict[str, _Answers], oracle: dict[str, list[float]], clicks: list[Click]
+    ) -> MaskScore:
+        truth = self.truths[m]
+        bitmaps = {name: answer.bitmaps[m] for name, answer in answers.items()}
+        # 2.4 ms for the runs of a bitmap of SA-1B's size and 0.01 ms to compare them, against 4.1 ms for two bitmaps.
+        runs = {name: rle.from_bitmap(bitmap) for name, bitmap in bitmaps.items()}
+        iou = {name: rle.iou(found, self.runs[m]) for name, found in runs.items()}
+        iou |= {name: values[m] for name, values in oracle.items()}
+        measured = bitmaps if self.batch.boundary else {}
+        return MaskScore(
+            self.key,
+            self.first + m,
+            rle.area(self.runs[m]),
+            iou | {"filled_box": filled_box_iou(self.runs[m])},
+            {name: answer.predicted_ious[m] for name, answer in answers.items()},
+            {name: boundary_iou(bitmap, truth) for name, bitmap in measured.items()},
+            {name: boundary_f(bitmap, truth) for name, bitmap in measured.items()},
+            clicks,
+            {name: runs[name] for name in MATCHED if name in runs},
+            {name: self.view(answer, m) for name, answer in answers.items()} if self.batch.keep_masks else {},
+        )
+
+    def view(self, answer: _Answers, m: int) -> View:
+        bitmaps = self.bitmaps(answer.output.low_res_logits[:, m, 1:].float())
+        return View(answer.bitmaps[m], list(bitmaps), answer.output.iou_predictions[0, m, 1:].float().tolist())
+
+    def oracle(self, output: SamOutput) -> list[float]:
+        """IoU (M) of the best of the three hypotheses, at the original resolution."""
+        best = [0.0] * len(self.truths)
+        for k in range(1, output.low_res_logits.shape[2]):
+            masks = self.bitmaps(output.low_res_logits[:, :, k].float())
+            best = [max(best[m], rle.iou(rle.from_bitmap(masks[m]), truth)) for m, truth in enumerate(self.runs)]
+        return best
+
+    def answer_to_boxes(self) -> _Answers:
         boxes = np.array([rle.box(mask) for mask in self.runs], np.float32)  # x y w h
         boxes[:, 2:] += boxes[:, :2]
         scale = self.to_input_scale()
@@ -109,31 +179,39 @@ class _Session:
         num_masks = len(self.runs)
         empty = torch.full((1, num_masks, 1), NO_POINT, device=device)
         output = self.decode(torch.zeros(1, num_masks, 1, 2, device=device), empty, scaled)
-        return self.bitmaps(chosen(output, self.batch.single_token))
+        return self.answers(output, *chosen(output, self.batch.single_token or self.batch.single_token_for_boxes))
 
-    def answers_to_clicks(self) -> tuple[dict[str, np.ndarray], list[list[tuple[float, float, int]]]]:
-        """Bitmaps (M, Y, X) after each number of clicks that is scored, and the clicks of each mask."""
+    def answers_to_clicks(self, at_random: bool) -> tuple[dict[str, _Answers], list[list[Click]]]:
+        """Answers after each number of clicks that is scored, by protocol, and the clicks of each mask."""
         num_masks, most = len(self.runs), max(self.batch.clicks)
         device = self.embedding.device
         coords = torch.zeros(1, num_masks, most, 2, device=device)
         labels = torch.full((1, num_masks, most), NO_POINT, device=device)
-        clicks: list[list[tuple[float, float, int]]] = [[] for _ in range(num_masks)]
+        clicks: list[list[Click]] = [[] for _ in range(num_masks)]
+        uniforms = [click_uniforms(self.key, self.first + m, most) for m in range(num_masks)]
         current = np.zeros_like(self.truths)
         previous: Tensor | None = None
         answers = {}
         for number in range(most):
             for m, truth in enumerate(self.truths):
-                x, y, label = center_click(current[m], truth)
+                if at_random:
+                    x, y, label = random_click(current[m], truth, uniforms[m][number])
+                else:
+                    x, y, label = center_click(current[m], truth)
                 clicks[m].append((x, y, label))
                 position = (np.array([x, y]) + 0.5) * self.to_input_scale() - 0.5
                 coords[0, m, number] = torch.from_numpy(position).to(coords)
                 labels[0, m, number] = label
             output = self.decode(coords, labels, None, previous)
-            previous = chosen(output, self.batch.single_token or number > 0)
-            current = self.bitmaps(previous)
+            previous, predicted = chosen(output, self.batch.single_token or number > 0)
+            answer = self.answers(output, previous, predicted)
+            current = answer.bitmaps
             if number + 1 in self.batch.clicks:
-                answers[f"click_{number + 1}"] = current
+                answers[f"{'random' if at_random else 'click'}_{number + 1}"] = answer
         return answers, clicks
+
+    def answers(self, output: SamOutput, logits: Tensor, predicted: Tensor) -> _Answers:
+        return _Answers(output, self.bitmaps(logits[0]), predicted[0].float().tolist())
 
     def decode(
         self, coords: Tensor, labels: Tensor, boxes: Tensor | None, mask_logits: Tensor | None = None
@@ -155,20 +233,25 @@ class _Session:
         return np.array([self.content[1] / self.size[1], self.content[0] / self.size[0]])
 
     def bitmaps(self, logits: Tensor) -> np.ndarray:
-        """Low-resolution logits (1, M, h, w) to bitmaps (M, Y, X) of the original image."""
-        return upsample_to_original(logits, self.input_size, self.content, self.size)[0]
+        """Low-resolution logits (..., h, w) to bitmaps (N, Y, X) of the original image, N the leading axes together."""
+        return upsample_to_original(logits.flatten(0, -3), self.input_size, self.content, self.size)
+
+
+def upsample_logits(logits: Tensor, input_size: int, content: tuple[int, int], original: tuple[int, ...]) -> Tensor:
+    """(N, h, w) logits to (N, Y, X) float32, as the released predictor does it: to the input, cut, to the original."""
+    at_input = F.interpolate(logits[:, None].float(), (input_size,) * 2, mode="bilinear", align_corners=False)
+    at_input = at_input[..., : content[0], : content[1]]
+    return F.interpolate(at_input, tuple(original), mode="bilinear", align_corners=False)[:, 0]
 
 
 def upsample_to_original(
     logits: Tensor, input_size: int, content: tuple[int, int], original: tuple[int, ...]
 ) -> np.ndarray:
-    """(B, M, h, w) logits to bool (B, M, Y, X), as the released predictor does it in two bilinear steps."""
-    bitmaps = np.empty((*logits.shape[:2], *original), bool)
-    for m in range(logits.shape[1]):  # one at a time: 64 masks of an SA-1B image would be a gigabyte of logits
-        one = F.interpolate(logits[:, m : m + 1].float(), (input_size,) * 2, mode="bilinear", align_corners=False)
-        one = one[..., : content[0], : content[1]]
-        one = F.interpolate(one, tuple(original), mode="bilinear", align_corners=False)
-        bitmaps[:, m : m + 1] = (one > 0).cpu().numpy()
+    """(N, h, w) logits to bool (N, Y, X)."""
+    bitmaps = np.empty((len(logits), *original), bool)
+    for n in range(len(logits)):  # one at a time: 64 masks of an SA-1B image would be a gigabyte of logits
+        one = upsample_logits(logits[n : n + 1], input_size, content, original)
+        bitmaps[n] = (one[0] > 0).cpu().numpy()
     return bitmaps
 
 
@@ -179,12 +262,14 @@ def best_predicted(output: SamOutput) -> Tensor:
     return logits.gather(2, best.expand(-1, -1, 1, *logits.shape[-2:]))[:, :, 0].float()
 
 
-def chosen(output: SamOutput, single: bool) -> Tensor:
-    """The answer that is shown, (B, M, h, w) logits, fp32: the single-mask token's or the best of the three."""
-    return output.low_res_logits[:, :, 0].float() if single else best_predicted(output)
+def chosen(output: SamOutput, single: bool) -> tuple[Tensor, Tensor]:
+    """What is shown, the single-mask token's or the best of the three: (B, M, h, w) logits, (B, M) predicted IoU."""
+    if single:
+        return output.low_res_logits[:, :, 0].float(), output.iou_predictions[..., 0]
+    return best_predicted(output), output.iou_predictions[..., 1:].amax(dim=-1)
 
 
-def center_click(predicted: np.ndarray, truth: np.ndarray) -> tuple[float, float, int]:
+def center_click(predicted: np.ndarray, truth: np.ndarray) -> Click:
     """x, y, label of the pixel deepest inside the larger error; a perfect answer gets one more click in the truth."""
     missed, excess = truth & ~predicted, predicted & ~truth
     missed_depth, missed_at = deepest(missed)
@@ -192,6 +277,20 @@ def center_click(predicted: np.ndarray, truth: np.ndarray) -> tuple[float, float
     if missed_depth == excess_depth == 0:
         return *deepest(truth)[1], 1
     return (*missed_at, 1) if missed_depth >= excess_depth else (*excess_at, 0)
+
+
+def random_click(predicted: np.ndarray, truth: np.ndarray, uniform: float) -> Click:
+    """x, y, label of a pixel drawn uniformly from the error, or from the truth where there is none."""
+    error = predicted ^ truth
+    candidates = np.flatnonzero(error if error.any() else truth)
+    y, x = divmod(int(candidates[int(uniform * len(candidates))]), truth.shape[1])
+    return float(x), float(y), int(truth[y, x])
+
+
+def click_uniforms(key: str, number: int, count: int) -> np.ndarray:
+    """(count,) in [0, 1) for mask `number` of image `key`: the same in every evaluation, whatever the layout."""
+    digest = hashlib.sha256(f"{key}/{number}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16]))).random(count)
 
 
 def deepest(region: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -204,15 +303,3 @@ def deepest(region: np.ndarray) -> tuple[float, tuple[float, float]]:
     distance = cv2.distanceTransform(np.pad(window, 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
     y, x = np.unravel_index(distance.argmax(), distance.shape)
     return float(distance.max()), (float(xs[0] + x), float(ys[0] + y))
-
-
-def bitmap_iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two bitmaps; 1 if both are empty."""
-    union = np.count_nonzero(a | b)
-    return np.count_nonzero(a & b) / union if union else 1.0
-
-
-def filled_box_iou(mask: rle.Runs) -> float:
-    """IoU of a mask with its own filled box: what a box prompt is worth without a network."""
-    _, _, width, height = rle.box(mask)
-    return rle.area(mask) / (width * height) if width * height else 1.0

@@ -1,7 +1,6 @@
 """The only training loop, for both stages. It is handed objects and knows no task, network, pipeline or backend."""
 
 import json
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from trainer.checkpoint import Checkpointer, RunState
 from trainer.data.batches import Batch
 from trainer.distributed import World, sum_on_host
 from trainer.guard import Guard
-from trainer.metrics import Logger, Meter, console_line
+from trainer.metrics import Logger, Meter, console_line, throughput
 from trainer.parallel.engine import Engine
+from trainer.tracing import Tracer
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,12 @@ class Plan:
     num_micro: int  # micro-batches a rank and step
     global_size: int
     seed: int
+    flops_per_image: float | None  # forward and backward; None where no peak is known to compare it with
+    peak_flops: float | None  # of a device, a second
     log_every: int
     save_every: int
     evaluate_every: int
+    diagnose_every: int | None  # None: never
     bad_samples: "BadSamples"
     lr_at: Callable[[int], float]
     state_at: Callable[[int], RunState]
@@ -43,7 +46,9 @@ def train(
     checkpointer: Checkpointer,
     logger: Logger,
     guard: Guard,
-    evaluate: Callable[[Engine, int], None],
+    evaluate: Callable[[Engine, int], object],
+    diagnose: Callable[[Engine, int], None],
+    tracer: Tracer,
     sample_log: IO[str] | None,
 ) -> bool:
     """Train from `plan.first_step` to `plan.last_step`. Returns whether it was asked to stop before the end."""
@@ -52,25 +57,32 @@ def train(
     for step in range(plan.first_step, plan.last_step):
         seed_step(plan.seed, step, world)
         engine.set_lr(plan.lr_at(step))
-        started = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(plan.num_micro)]
-        meter.data_seconds += time.perf_counter() - started
-        num_images, num_masks, num_bad, stop = agree(micro_batches, guard, world)
+        tracer.before(step + 1)
+        with meter.timed("data"):
+            micro_batches = [next(batches) for _ in range(plan.num_micro)]
+        with meter.timed("wait"):
+            num_images, num_masks, num_bad, stop = agree(micro_batches, guard, world)
         plan.bad_samples.count(num_bad, micro_batches)
 
         for number, batch in enumerate(micro_batches):
             note_samples(batch, step, meter, sample_log)
-            loss, metrics = engine(batch.counted(num_images, num_masks).to(world.device))
+            with meter.timed("transfer"):
+                on_device = batch.counted(num_images, num_masks).to(world.device)
+            loss, metrics = engine(on_device)
             engine.backward(loss, last=number + 1 == plan.num_micro)
             meter.add(metrics)
         meter.end_step(engine.step())
 
         done = step + 1
+        if table := tracer.after(done):
+            logger.text(f"profile/step_{done}", table)
         if done % plan.log_every == 0 or done == plan.last_step or stop:
             values = meter.collect(world) | {"optim/lr": plan.lr_at(step), "optim/loss_scale": engine.loss_scale}
             values |= {f"optim/lr_group_{i}": lr for i, lr in enumerate(engine.lrs())}
             values["optim/skipped_steps"] = float(engine.num_skipped)
-            values["speed/images_per_second"] = plan.global_size / values["speed/step_seconds"]
+            values |= throughput(
+                values["speed/step_seconds"], plan.global_size, plan.flops_per_image, plan.peak_flops, world.size
+            )
             logger.scalars(done, values)
             logger.say(console_line(done, plan.num_steps, values, plan.global_size))
             meter = Meter()
@@ -79,6 +91,9 @@ def train(
         # After the save: whatever happens in an evaluation, no step is lost.
         if done % plan.evaluate_every == 0 or done == plan.last_step:
             evaluate(engine, done)
+            engine.task.train()
+        if plan.diagnose_every and done % plan.diagnose_every == 0:
+            diagnose(engine, done)
             engine.task.train()
         if stop and done < plan.num_steps:
             logger.say(f"stopped at step {done} of {plan.num_steps}; the same command goes on from here")
@@ -131,7 +146,7 @@ def seed_step(seed: int, step: int, world: World) -> None:
 
 def note_samples(batch: Batch, step: int, meter: Meter, sample_log: IO[str] | None) -> None:
     """Count and name broken samples; write down what was trained on, if asked."""
-    meter.num_problems += len(batch.problems)
+    meter.add_batch(batch)
     for problem in batch.problems:
         print(f"step {step}: sample trains nothing: {problem}", flush=True)
     if sample_log is not None:

@@ -1,7 +1,8 @@
 """The losses of SAM as pure functions of logits and targets, one value a mask; always computed in fp32.
 
-Letters: ... any leading axes (images, masks, hypotheses), h w target pixels. Sources: "doc" the user's document, "SAM"
-Kirillov et al. 2023 (App. A), RetinaNet Lin et al. 2017, MaskFormer Cheng et al. 2021 (whose 20:1 SAM follows).
+Letters: ... any leading axes (images, masks, hypotheses), h w logit pixels, s target pixels, P points. Leading axes of
+logits and targets may broadcast. Sources: "doc" the user's document, "SAM" Kirillov et al. 2023 (App. A), RetinaNet Lin
+et al. 2017, MaskFormer Cheng et al. 2021 (whose 20:1 SAM follows), PointRend Kirillov et al. 2020.
 """
 
 import torch
@@ -16,9 +17,10 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> T
     The 20:1 weight against dice makes sense with the mean over pixels only (MaskFormer).
     """
     logits, targets = logits.float(), targets.float()
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")  # -log p_t
+    against = torch.where(targets > 0.5, -logits, logits)
+    cross_entropy = F.softplus(against)  # -log p_t
     # 1 - p_t from the logit itself: exp(-cross_entropy) would lose it for confident pixels.
-    miss = torch.sigmoid(torch.where(targets > 0.5, -logits, logits))
+    miss = torch.sigmoid(against)
     alpha_t = alpha * targets + (1 - alpha) * (1 - targets)
     return (alpha_t * miss**gamma * cross_entropy).mean(dim=(-2, -1))
 
@@ -58,3 +60,39 @@ def mean_per_image(per_mask: Tensor, mask_valid: Tensor, image_weight: Tensor, n
 def mean_per_mask(per_mask: Tensor, mask_valid: Tensor, image_weight: Tensor, num_masks: float) -> Tensor:
     """Paper recipe's normalisation: one mask count over the whole global batch. (B, M) to ()."""
     return (per_mask * mask_valid.float() * image_weight[:, None]).sum() / num_masks
+
+
+OVERSAMPLING, UNCERTAIN_SHARE = 3, 0.75  # PointRend, section 3.1: candidates a point, share of the least certain
+
+
+def sample_points(logits: Tensor, targets: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
+    """Logits and truth at points, most of them where the mask is least certain (PointRend, section 3.1).
+
+    logits (G, K, h, w), targets (G, s, s) with values 0 and 1: both to (G, K, 1, P), a row of pixels to the losses
+    above. Logits are interpolated, the truth is that of the pixel a point lies in. Three quarters of the points are
+    those of smallest |logit| among three times as many uniform ones, the rest is uniform. Drawn on the device from
+    torch's generator, which the loop seeds for each step and rank.
+    """
+    num_masks, num_answers = logits.shape[:2]
+    logits = logits.float()
+    num_uncertain = int(UNCERTAIN_SHARE * num_points)
+    with torch.no_grad():
+        shape = (num_masks * num_answers, OVERSAMPLING * num_points, 2)
+        candidates = torch.rand(shape, device=logits.device)  # x y in the unit square
+        certainty = read_at(logits.detach(), candidates).abs()
+        chosen = certainty.topk(num_uncertain, dim=1, largest=False).indices
+        uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
+        rest = torch.rand((shape[0], num_points - num_uncertain, 2), device=logits.device)
+        points = torch.cat([uncertain, rest], dim=1)  # (G K, P, 2)
+        side = targets.shape[-1]
+        x, y = (points * side).long().clamp(max=side - 1).unbind(-1)
+        truth = targets.flatten(1).gather(1, (y * side + x).view(num_masks, -1))  # (G, K P)
+    size = (num_masks, num_answers, 1, num_points)
+    return read_at(logits, points).view(size), truth.view(size)
+
+
+def read_at(logits: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of (G, K, h, w) at the points (G K, P, 2), x y in the unit square: (G K, P)."""
+    flat = logits.flatten(0, 1)[:, None]
+    grid = 2 * points[:, None] - 1  # (G K, 1, P, 2)
+    return F.grid_sample(flat, grid, mode="bilinear", padding_mode="border", align_corners=False)[:, 0, 0]

@@ -48,6 +48,34 @@ def param_groups(
     return [ParamGroup(tuple(names), scale, decay) for (scale, decay, _), names in sorted(groups.items())]
 
 
+PART = re.compile(r"(?:image_encoder\.)?(?:decoder_)?blocks\.\d+|[^.]+\.[^.]+|[^.]+")
+
+
+def describe_groups(groups: Sequence[ParamGroup], peak: float) -> list[str]:
+    """One line a group: peak rate, weight decay, and which parts of the network are in it."""
+    lines = []
+    for group in groups:
+        parts = dict.fromkeys(PART.match(name.split(".", 1)[1])[0] for name in group.names)  # in order, each once
+        rate = f"rate {peak * group.lr_scale:.3g} (x {group.lr_scale:.3g}) decay {group.weight_decay:g}"
+        lines.append(f"{rate}: {len(group.names)} tensors of {', '.join(parts)}")
+    return lines
+
+
+def check_rates(rates: dict[str, tuple[float, float]], groups: Sequence[ParamGroup], lr: float) -> None:
+    """`ValueError` unless every parameter has its group's rate and decay inside the engine, when it was set to `lr`."""
+    wanted = {name: (lr * group.lr_scale, group.weight_decay) for group in groups for name in group.names}
+    wrong = [
+        f"{name} has {rates.get(name)}, not {pair}"
+        for name, pair in wanted.items()
+        if name not in rates or not all(math.isclose(a, b) for a, b in zip(rates[name], pair, strict=True))
+    ]
+    if wrong or len(rates) != len(wanted):
+        raise ValueError(
+            f"the engine trains {len(rates)} parameters, the groups hold {len(wanted)}; (rate, decay): "
+            + "; ".join(wrong[:5])
+        )
+
+
 def first_trained(phases: Sequence[Phase]) -> dict[str, int]:
     """For each part frozen at first: index of the phase that first trains it."""
     parts = {part for phase in phases for part in phase.frozen}

@@ -9,6 +9,7 @@ takes them: an integer is the centre of a pixel. Sources: "doc" the user's docum
 
 from dataclasses import dataclass
 from enum import IntEnum
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -96,17 +97,20 @@ def input_box(
 def noisy_box(
     box: tuple[float, float, float, float], draws: np.ndarray, settings: Prompts
 ) -> tuple[float, float, float, float]:
-    """Each coordinate moved by uniform noise of at most `box_noise` of its side and `box_noise_pixels`.
+    """Each coordinate moved by noise of `box_noise` of its side, at most `box_noise_pixels`; `draws` (4,) in [0, 1).
 
-    SAM names a standard deviation of 10 % and a limit of 20 pixels but no distribution; uniform noise within the
-    smaller of the two is sam2's reading.
+    SAM names a standard deviation of 10 % and a limit of 20 pixels but no distribution. "normal" takes it at its word:
+    that deviation, cut at the limit. "uniform" is sam2's reading: even within the smaller of the two.
     """
     if not settings.box_noise:
         return box
     x1, y1, x2, y2 = box
-    limit_x = min(settings.box_noise * (x2 - x1), settings.box_noise_pixels)
-    limit_y = min(settings.box_noise * (y2 - y1), settings.box_noise_pixels)
-    shift = (2 * np.asarray(draws) - 1) * [limit_x, limit_y, limit_x, limit_y]
+    sides = settings.box_noise * np.array([x2 - x1, y2 - y1, x2 - x1, y2 - y1])
+    if settings.box_noise_kind == "normal":
+        normal = [NormalDist().inv_cdf(min(max(float(draw), 1e-9), 1 - 1e-9)) for draw in draws]
+        shift = np.clip(normal * sides, -settings.box_noise_pixels, settings.box_noise_pixels)
+    else:
+        shift = (2 * np.asarray(draws) - 1) * np.minimum(sides, settings.box_noise_pixels)
     return x1 + shift[0], y1 + shift[1], x2 + shift[2], y2 + shift[3]
 
 

@@ -16,8 +16,17 @@ from model.sam import Sam, SamOutput
 from trainer.config import SamConfig
 from trainer.data.batches import SamBatch
 from trainer.data.images import jitter_colors
+from trainer.diagnostics import DiagnosticBatch, diagnose
 from trainer.interactive import EvalBatch, EvalScores, best_predicted, interact
-from trainer.losses import dice_loss, focal_loss, iou_loss, mask_iou, mean_per_image, mean_per_mask
+from trainer.losses import (
+    dice_loss,
+    focal_loss,
+    iou_loss,
+    mask_iou,
+    mean_per_image,
+    mean_per_mask,
+    sample_points,
+)
 from trainer.prompts import NO_POINT, next_click
 
 SINGLE, MULTI = 0, slice(1, 4)  # mask tokens: one for an unambiguous prompt, three for an ambiguous one
@@ -36,7 +45,9 @@ class Scores:
 
 
 class SamTask(nn.Module):
-    """`forward(batch) -> (loss, metrics)`; in evaluation `forward(EvalBatch) -> EvalScores`."""
+    """`forward(batch) -> (loss, metrics)`; in evaluation `EvalBatch -> EvalScores`, `DiagnosticBatch -> sums`."""
+
+    weight_report: str = ""  # what came from where, for the log; empty for random weights
 
     def __init__(self, sam: Sam, config: SamConfig, frozen: tuple[str, ...]) -> None:
         super().__init__()
@@ -55,16 +66,20 @@ class SamTask(nn.Module):
             getattr(self.sam, part).eval()
         return self
 
-    def forward(self, batch: SamBatch | EvalBatch) -> tuple[Tensor, dict[str, Tensor]] | EvalScores:
+    def forward(
+        self, batch: SamBatch | EvalBatch | DiagnosticBatch
+    ) -> tuple[Tensor, dict[str, Tensor]] | EvalScores | Tensor:
         if isinstance(batch, EvalBatch):
             return interact(self.sam, batch)
+        if isinstance(batch, DiagnosticBatch):
+            return diagnose(self.sam, self.config, batch)
         image_embeddings = self.encode(batch)
         content = content_mask(batch, batch.masks.shape[-1])
         prompts = self.first_prompts(image_embeddings, batch)
         rounds = self.config.prompts.rounds
         losses, metrics = [], {}
         for number in range(rounds):
-            scores = self._checkpointed_round(image_embeddings, prompts, batch)
+            scores = self._checkpointed_round(image_embeddings, prompts, batch, number)
             losses.append(self._mean(scores.loss, batch))
             metrics |= self._metrics(scores, batch, f"round_{number + 1}/" if rounds > 1 else "")
             if number + 1 < rounds:
@@ -73,7 +88,9 @@ class SamTask(nn.Module):
         return loss, {"loss": loss.detach(), **metrics}
 
     def encode(self, batch: SamBatch) -> Tensor:
-        """Images to embeddings (B, C, H/16, W/16); a frozen encoder runs without a gradient graph."""
+        """Images to embeddings (B, C, H/16, W/16); a frozen encoder runs without a graph, or ran before."""
+        if batch.image_embeddings.numel():
+            return batch.image_embeddings.float()
         images = jitter_colors(batch.images, batch.color_factors) if self.config.data.color_jitter else batch.images
         images = self.sam.normalize_images(images, batch.image_sizes)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "image_encoder" not in self.frozen):
@@ -89,12 +106,20 @@ class SamTask(nn.Module):
         )
         if not self.config.prompts.types.mask:
             return prompts
+        # At least one mask even where none asks: shards are gathered by calls, which all ranks must make alike.
+        asking = max(1, batch.num_mask_prompts)
         with torch.no_grad():
-            answer = best_predicted(self.sam.decode_masks(image_embeddings, prompts))
+            one_point = PromptBatch(*(x[:, :asking] for x in prompts))
+            one_point = one_point._replace(
+                point_coords=one_point.point_coords[:, :, :1], point_labels=one_point.point_labels[:, :, :1]
+            )
+            answer = best_predicted(self.sam.decode_masks(image_embeddings, one_point))
+        wants_mask = batch.wants_mask
+        mask_logits[:, :asking] = torch.where(wants_mask[:, :asking, None, None], answer, 0.0)
         return prompts._replace(
-            point_labels=torch.where(batch.wants_mask[..., None], NO_POINT, labels),
-            mask_logits=torch.where(batch.wants_mask[..., None, None], answer, mask_logits),
-            has_mask=batch.wants_mask,
+            point_labels=torch.where(wants_mask[..., None], NO_POINT, labels),
+            mask_logits=mask_logits,
+            has_mask=wants_mask,
         )
 
     def add_click(
@@ -116,31 +141,33 @@ class SamTask(nn.Module):
             has_mask=torch.ones_like(prompts.has_mask),
         )
 
-    def _checkpointed_round(self, image_embeddings: Tensor, prompts: PromptBatch, batch: SamBatch) -> Scores:
+    def _checkpointed_round(
+        self, image_embeddings: Tensor, prompts: PromptBatch, batch: SamBatch, number: int
+    ) -> Scores:
         if self.config.engine.checkpoint_rounds and torch.is_grad_enabled():
-            return checkpoint(self.round, image_embeddings, prompts, batch, use_reentrant=False)
-        return self.round(image_embeddings, prompts, batch)
+            return checkpoint(self.round, image_embeddings, prompts, batch, number, use_reentrant=False)
+        return self.round(image_embeddings, prompts, batch, number)
 
-    def round(self, image_embeddings: Tensor, prompts: PromptBatch, batch: SamBatch) -> Scores:
-        """Decode one set of prompts and score every hypothesis against the truth."""
+    def round(self, image_embeddings: Tensor, prompts: PromptBatch, batch: SamBatch, number: int) -> Scores:
+        """Decode one set of prompts and score every hypothesis that counts against the truth."""
         settings = self.config.loss
         output = self.sam.decode_masks(image_embeddings, prompts)
-        logits = resize_logits(output.low_res_logits, settings.resolution)  # (B, M, K, s, s)
-        truth = batch.masks[:, :, None].expand_as(logits)
-        focal = focal_loss(logits, truth, settings.focal_alpha, settings.focal_gamma)  # (B, M, K)
-        dice = dice_loss(logits, truth, settings.dice_smooth)
-        true_iou = mask_iou(logits, truth)
-        iou_error = iou_loss(output.iou_predictions, true_iou)
+        alone = self.single_token_only(number)
+        answers = output.low_res_logits[:, :, : 1 if alone else None]
+        focal, dice, true_iou = self.compare(answers, batch.masks)  # (B, M, K) each
+        iou_error = iou_loss(output.iou_predictions[..., : 1 if alone else None], true_iou)
         mask_part = settings.focal * focal + settings.dice * dice
         total = mask_part + settings.iou * iou_error
         choose_by = (total if settings.select_by == "total" else mask_part).detach()
 
-        ambiguous = num_prompts(prompts) <= 1
-        best = 1 + choose_by[..., MULTI].argmin(dim=-1, keepdim=True)
-        if settings.multimask == "single":
-            loss, shown = total[..., SINGLE], torch.zeros_like(best)
+        ambiguous = num_prompts(prompts, settings.box_is_single_prompt) <= 1
+        if alone:
+            loss, shown = total[..., SINGLE], torch.zeros_like(ambiguous, dtype=torch.int64)[..., None]
         else:
+            best = 1 + choose_by[..., MULTI].argmin(dim=-1, keepdim=True)
             three = pick(total, best) if settings.multimask == "best" else total[..., MULTI].mean(dim=-1)
+            if settings.iou_on == "all" and settings.multimask == "best":
+                three = pick(mask_part, best) + settings.iou * iou_error[..., MULTI].mean(dim=-1)
             if settings.multimask_when == "always":
                 # Token 0 would stay untrained in the document's recipe; it learns from the unambiguous prompts.
                 loss, shown = three + total[..., SINGLE] * ~ambiguous, best
@@ -153,13 +180,36 @@ class SamTask(nn.Module):
             pick(dice, shown).detach(),
             pick(iou_error, shown).detach(),
             pick(true_iou, shown),
-            self.answer(output, ambiguous).detach(),
+            (answers[:, :, SINGLE] if alone else self.answer(output, ambiguous)).detach(),
         )
+
+    def single_token_only(self, number: int) -> bool:
+        """Whether the single-mask token alone counts in round `number`, known without looking at the data.
+
+        From the second round on every mask has its first prompt and its own answer, unless the first prompt was none
+        or was itself an answer. The three hypotheses are then not even resized.
+        """
+        loss, types = self.config.loss, self.config.prompts.types
+        if loss.multimask == "single":
+            return True
+        return loss.multimask_when == "single_prompt" and number > 0 and types.mask == types.none == 0
+
+    def compare(self, answers: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Focal loss, dice loss and true IoU (B, M, K) of answers (B, M, K, h, w) to masks (B, M, s, s)."""
+        settings = self.config.loss
+        truth = masks[:, :, None]
+        if settings.sampled_points is None:
+            logits = resize_logits(answers, settings.resolution)  # (B, M, K, s, s)
+            points, truth_at_points = logits, truth
+        else:
+            sampled = sample_points(answers.flatten(0, 1), masks.flatten(0, 1), settings.sampled_points)
+            points, truth_at_points = (x.unflatten(0, masks.shape[:2]) for x in sampled)  # (B, M, K, 1, P)
+            logits = resize_logits(answers.detach(), settings.resolution)
+        focal = focal_loss(points, truth_at_points, settings.focal_alpha, settings.focal_gamma)
+        return focal, dice_loss(points, truth_at_points, settings.dice_smooth), mask_iou(logits, truth)
 
     def answer(self, output: SamOutput, ambiguous: Tensor) -> Tensor:
         """The mask the network would show, (B, M, h, w) logits: by predicted IoU of three, or the single token's."""
-        if self.config.loss.multimask == "single":
-            return output.low_res_logits[:, :, SINGLE]
         best = best_predicted(output)
         if self.config.loss.multimask_when == "always":
             return best
@@ -175,9 +225,10 @@ class SamTask(nn.Module):
         return {prefix + name: self._mean(part, batch) for name, part in parts.items()}
 
 
-def num_prompts(prompts: PromptBatch) -> Tensor:
-    """How many prompts each mask has, (B, M): points, a box, a mask."""
-    return (prompts.point_labels != NO_POINT).sum(dim=-1) + prompts.has_box.int() + prompts.has_mask.int()
+def num_prompts(prompts: PromptBatch, box_is_single: bool = True) -> Tensor:
+    """How many prompts each mask has, (B, M): points, a box (or its two corners), a mask."""
+    boxes = prompts.has_box.int() * (1 if box_is_single else 2)
+    return (prompts.point_labels != NO_POINT).sum(dim=-1) + boxes + prompts.has_mask.int()
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:

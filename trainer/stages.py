@@ -1,5 +1,6 @@
 """What differs between the two stages: a task module and a data pipeline. Everything else is shared."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +9,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from model.build import SIZES, build_mae, build_sam
-from model.weights import mae_to_sam
+from model.weights import fit_sam, mae_to_sam
 from trainer.checkpoint import Checkpointer, load_weights
 from trainer.config import Config, SamConfig
+from trainer.data.embeddings import EmbeddingStore
 from trainer.data.mae_data import MaeDataset
 from trainer.data.order import DataOrder
 from trainer.data.remote import AheadOrder
@@ -35,13 +37,16 @@ def build_pipeline(config: Config) -> Pipeline:
     reader = open_shards(config.data.shards, config.data.remote)
     if isinstance(config, SamConfig) and reader.manifest.kind != "sa1b":
         raise ValueError(f"data.shards: {config.data.shards} holds {reader.manifest.kind}, stage sam needs masks")
-    holdout = config.data.holdout_images if isinstance(config, SamConfig) else 0
-    rows, _ = reader.split(holdout)
+    rows, _ = reader.split(config.data.holdout_images)
     settings = (rows, config.seed, config.data.lanes, config.data.window)
     order = AheadOrder(*settings, reader.cache, reader.manifest.shards) if reader.cache else DataOrder(*settings)
     dataset: Dataset
     if isinstance(config, SamConfig):
-        dataset = SamDataset(reader, order, config, num_blocks=encoder_depth(config))
+        embeddings = None
+        if config.data.embeddings is not None:
+            embeddings = EmbeddingStore(config.data.embeddings)
+            embeddings.check(reader.fingerprint(), config.model.image_size)
+        dataset = SamDataset(reader, order, config, encoder_depth(config), embeddings)
     else:
         num_patches = (config.model.image_size // config.model.patch_size) ** 2
         dataset = MaeDataset(reader, order, config.data, config.seed, config.model.image_size, num_patches)
@@ -67,7 +72,10 @@ def build_task(config: Config, frozen: tuple[str, ...], initial_weights: bool) -
     return MaeTask(mae, config)
 
 
-def build_sam_task(config: SamConfig, frozen: tuple[str, ...], initial_weights: bool) -> SamTask:
+def build_sam_task(
+    config: SamConfig, frozen: tuple[str, ...], initial_weights: bool, check_embeddings: bool = True
+) -> SamTask:
+    """Stage 2's task. `model.init_from`: MAE weights, or SAM weights under any of the names in model/weights.py."""
     torch.manual_seed(config.seed)
     model = config.model
     sam = build_sam(
@@ -76,21 +84,33 @@ def build_sam_task(config: SamConfig, frozen: tuple[str, ...], initial_weights: 
         drop_path_rate=model.drop_path,
         decoder_dropout=model.decoder_dropout,
     )
+    weight_report = ""
     if initial_weights and model.init_from is not None:
         weights = read_weights(model.init_from)
         if any(name.startswith("decoder_blocks.") or name == "cls_token" for name in weights):
             report = mae_to_sam(weights, sam, patch_resize=model.patch_resize)
-            print(report.summary(), flush=True)
+            weight_report = report.summary()
+            print(weight_report, flush=True)
         else:
-            sam.load_state_dict(weights, strict=True)
-    return SamTask(sam, config, frozen)
+            sam.load_state_dict(fit_sam(weights, sam), strict=True)
+            weight_report = f"all {len(weights)} tensors of a SAM from {model.init_from}"
+    if initial_weights and check_embeddings and config.data.embeddings is not None:
+        EmbeddingStore(config.data.embeddings).check_encoder(sam.image_encoder)
+    task = SamTask(sam, config, frozen)
+    task.weight_report = weight_report
+    return task
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Network weights from a run directory, one of its checkpoints, or a file of `torch.save` (`.pth`).
+    """Network weights from a run directory, one of its checkpoints, or a file (`.pth`, `.safetensors`).
 
-    Names are the network's own: the task's prefix is removed. Raises `ValueError` if nothing is found.
+    Names are the network's own: the task's prefix is removed. Where a checkpoint holds averaged weights
+    (optim.ema_decay) they are what is read. Raises `ValueError` if nothing is found.
     """
+    if path.is_file() and path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # here and not above: files of this kind alone need it
+
+        return load_file(path)
     if path.is_file():
         tree = torch.load(path, map_location="cpu", weights_only=True)
         return tree.get("model", tree)
@@ -103,6 +123,18 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     elif not (path / "COMPLETE").is_file():
         raise ValueError(f"{path} is neither a run, a complete checkpoint nor a file of weights")
     return {name.split(".", 1)[1]: value for name, value in load_weights(path).items()}
+
+
+def sam_size(weights: Mapping[str, torch.Tensor]) -> tuple[str, int]:
+    """Size and input pixels a side, from a SAM's weights. Raises `ValueError` if they are of no known size."""
+    if "image_encoder.pos_embed" not in weights:
+        raise ValueError("these are no weights of a SAM: image_encoder.pos_embed is not among them")
+    _, side, _, width = weights["image_encoder.pos_embed"].shape
+    depth = len({name.split(".")[2] for name in weights if name.startswith("image_encoder.blocks.")})
+    for name, size in SIZES.items():
+        if (size.embed_dim, size.depth) == (width, depth):
+            return name, 16 * side
+    raise ValueError(f"an encoder of {depth} blocks of width {width} is none of {', '.join(SIZES)}")
 
 
 def encoder_depth(config: SamConfig) -> int:

@@ -12,6 +12,7 @@ stopped by a signal after saving.
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +21,28 @@ from trainer.config import Config, ConfigError, SamConfig, dump_config, load_con
 from trainer.data.eval_data import evaluation_rows
 from trainer.data.loader import build_batches
 from trainer.distributed import World, start_world, stop_world
-from trainer.evaluate import evaluate_and_log
+from trainer.environment import environment
+from trainer.evaluate import diagnose_and_log, evaluate_and_log
+from trainer.flops import flops_per_image, peak_flops
 from trainer.guard import EXIT_STOPPED, Guard
 from trainer.loop import BadSamples, Plan, train
 from trainer.metrics import Logger
-from trainer.optim import base_lr, first_trained, lr_at, param_groups, phase_ends, steps_of
-from trainer.parallel.engine import build_engine
+from trainer.optim import (
+    base_lr,
+    check_rates,
+    describe_groups,
+    first_trained,
+    lr_at,
+    param_groups,
+    phase_ends,
+    steps_of,
+)
+from trainer.parallel.averaged import AveragedEngine
+from trainer.parallel.engine import Engine, build_engine
 from trainer.reconstruct import log_reconstruction
+from trainer.sam_task import SamTask
 from trainer.stages import Pipeline, build_pipeline, build_task, encoder_depth
+from trainer.tracing import Tracer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,9 +106,16 @@ def run_phase(
     if first_step >= ends[phase]:
         return True
     task = build_task(config, config.phases[phase].frozen, initial_weights=newest is None)
+    if isinstance(task, SamTask) and task.weight_report:
+        logger.text("initial_weights", task.weight_report)
     depth = encoder_depth(config) if isinstance(config, SamConfig) else 0
     groups = param_groups(task.named_parameters(), config.optim, depth, first_trained(config.phases))
     engine = build_engine(task.to(world.device), config, groups, world)
+    check_rates(engine.rates(), groups, config.optim.lr)
+    if config.optim.ema_decay is not None:
+        engine = AveragedEngine(engine, groups, config.optim.ema_decay)
+    for line in describe_groups(groups, base_lr(config.optim, config.batch)):
+        logger.say(line)
     if newest:
         checkpointer.load(newest, engine)
         logger.say(f"going on from {newest}")
@@ -103,8 +125,12 @@ def run_phase(
     if config.log.sample_keys:
         sample_log = (config.run_dir / f"samples_rank{world.rank}.jsonl").open("a")
     try:
-        evaluate = build_evaluation(config, pipeline, world, logger)
-        stopped = train(engine, batches, plan, world, checkpointer, logger, guard, evaluate, sample_log)
+        evaluate = build_evaluation(config, pipeline, world, logger, guard)
+        tracer = Tracer(config.profile.steps, config.run_dir, world)
+        diagnose = build_diagnosis(config, world, logger)
+        stopped = train(
+            engine, batches, plan, world, checkpointer, logger, guard, evaluate, diagnose, tracer, sample_log
+        )
     finally:
         batches.close()
         engine.close()
@@ -123,6 +149,8 @@ def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, w
     save_every = config.checkpoint.every_steps or steps_of(
         config.checkpoint.every_epochs or 0, num_samples, global_size
     )
+    peak = peak_flops(world.device, config.engine.precision)
+    frozen = config.phases[phase].frozen
     return Plan(
         first_step=first_step,
         last_step=ends[phase],
@@ -130,11 +158,14 @@ def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, w
         num_micro=num_micro_batches(config, world),
         global_size=global_size,
         seed=config.seed,
+        flops_per_image=flops_per_image(config, frozen, pipeline.dataset) if peak and world.is_main else None,
+        peak_flops=peak,
         log_every=config.log.every_steps,
         save_every=save_every,
         evaluate_every=config.evaluate.every_steps
         if isinstance(config, SamConfig)
         else config.log.pictures_every_steps,
+        diagnose_every=config.diagnostics.every_steps if isinstance(config, SamConfig) else None,
         bad_samples=BadSamples(config.data.max_bad_samples, config.data.shards),
         lr_at=partial(
             lr_at,
@@ -153,13 +184,24 @@ def num_micro_batches(config: Config, world: World) -> int:
     return -(-per_rank // config.batch.micro)
 
 
-def build_evaluation(config: Config, pipeline: Pipeline, world: World, logger: Logger):
+def build_evaluation(config: Config, pipeline: Pipeline, world: World, logger: Logger, guard: Guard):
     """What the loop calls at evaluation steps: mIoU and masks for SAM, a reconstruction for MAE."""
     if isinstance(config, SamConfig):
         reader, rows = evaluation_rows(config)
         rows = rows[: config.evaluate.num_images]
-        return lambda engine, step: evaluate_and_log(engine, reader, rows, config, world, logger, step)
+        return lambda engine, step: evaluate_and_log(
+            engine, reader, rows, config, world, logger, step, lambda: guard.stop_requested
+        )
     return lambda engine, step: log_reconstruction(engine, pipeline.dataset, world, logger, step)
+
+
+def build_diagnosis(config: Config, world: World, logger: Logger) -> Callable[[Engine, int], None]:
+    """What the loop calls at diagnostic steps; stage mae has none."""
+    if not isinstance(config, SamConfig):
+        return lambda engine, step: None
+    reader, rows = evaluation_rows(config)
+    rows = rows[: config.diagnostics.num_images]
+    return lambda engine, step: diagnose_and_log(engine, reader, rows, config, world, logger, step)
 
 
 def fingerprint(config: Config, pipeline: Pipeline) -> dict[str, object]:
@@ -194,6 +236,7 @@ def announce(config: Config, pipeline: Pipeline, ends: list[int], world: World, 
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(dump_config(config))
     logger.text("config", dump_config(config))
+    logger.text("environment", environment(world))
     samples, batch = pipeline.order.num_samples, config.batch
     logger.say(f"{config.stage} {config.model.size}, engine {config.engine.kind} {config.engine.precision}")
     epochs = ends[-1] * batch.global_size / samples

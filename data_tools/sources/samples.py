@@ -4,7 +4,7 @@ import hashlib
 import io
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
@@ -29,6 +29,7 @@ class Conversion:
     jpeg_quality: int = 95  # of images that are re-encoded
     reencode: bool = False  # PNG, WebP, ... to JPEG; otherwise they are bad samples
     keep_crowds: bool = True  # COCO's iscrowd regions
+    jpeg_check: Literal["decode", "header"] = "decode"  # decode every image, or read header and end only
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def read_sample(entry: Entry, conversion: Conversion) -> Sample:
     if conversion.reencode and not jpeg.startswith(b"\xff\xd8"):
         jpeg = reencode(jpeg, conversion.jpeg_quality)
         warnings[WARN_REENCODED] += 1
-    height, width = check_jpeg(jpeg)
+    height, width = check_jpeg(jpeg, conversion.jpeg_check == "decode")
     record = _read_record(entry, conversion, height, width, warnings)
     warnings += check_record(record, height, width) if conversion.layout != "images" else Counter()
 

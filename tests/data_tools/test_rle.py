@@ -228,6 +228,17 @@ def test_shares_of_powers_of_two_have_no_rounding(bitmap, flip):
     )
 
 
+@given(st.lists(bitmaps, min_size=1, max_size=4), st.integers(1, 12), st.integers(1, 12), st.booleans())
+def test_covered_is_coverage_of_half(masks, height, width, flip):
+    """Against numpy on whole numbers: with 4 x 4 pixels a cell nothing rounds, and a half is a half."""
+    fine = [np.resize(mask.ravel(), (4 * height, 4 * width)) for mask in masks]
+    transform = rle.AxisTransform(0.25, 0.25, 0.0, 0.0, flip, float(width))
+    found, areas = rle.covered([rle.from_bitmap(mask) for mask in fine], height, width, transform)
+    wanted = np.stack([mask.reshape(height, 4, width, 4).sum((1, 3)) >= 8 for mask in fine])
+    assert np.array_equal(found, wanted[:, :, ::-1] if flip else wanted)
+    assert areas.tolist() == wanted.sum((1, 2)).tolist()
+
+
 def test_coverage_of_no_masks_and_of_masks_of_different_sizes():
     assert rle.coverage([], 3, 5, IDENTITY).shape == (0, 3, 5)
     masks = [np.ones((2, 9), bool), np.zeros((4, 4), bool), np.ones((7, 1), bool)]

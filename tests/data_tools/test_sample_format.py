@@ -41,7 +41,7 @@ def test_samples_are_tar_members_at_the_offsets_said(samples):
     data, rows = b"", []
     for number, (key, jpeg) in enumerate(samples):
         more, row = encode_sample(Record(number, 4, 3, f"{key}.jpg", []), jpeg, len(data))
-        data += more
+        data += b"".join(more)
         rows.append(row)
     with tarfile.open(fileobj=io.BytesIO(data + TAR_END)) as tar:
         members = {member.name: tar.extractfile(member).read() for member in tar}

@@ -1,9 +1,5 @@
-import json
 import shutil
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +7,10 @@ import pytest
 
 from data_tools.pack import main as pack
 from data_tools.sample_format import (
-    INDEX_DIR,
-    INDEX_DTYPE,
-    Manifest,
-    ShardInfo,
     index_name,
     load_manifest,
     load_quarantine,
     open_index,
-    save_manifest,
-    shard_name,
 )
 from data_tools.verify import main as verify
 from tests.data_tools.tiny import jpeg_bytes, sa1b_files, tar_bytes, tree_bytes, write_folder
@@ -166,32 +156,3 @@ def test_members_can_be_read_by_tarfile(packed):
             names = tar.getnames()
         keys = [name.removesuffix(".jpg") for name in names[::2]]
         assert names == [f"{key}.{part}" for key in keys for part in ("jpg", "json")]
-
-
-@pytest.mark.slow
-def test_opening_eleven_million_positions(tmp_path):
-    """A manifest of 11,000 shards with 1,000 positions each opens in a second and 200 MB of memory."""
-    shards = tuple(ShardInfo(shard_name(i), 1000, 1000, 100_000, 10**9, "0" * 64) for i in range(11_000))
-    save_manifest(tmp_path, Manifest("sa1b", shards))
-    (tmp_path / INDEX_DIR).mkdir()
-    for column in INDEX_DTYPE.names:
-        np.save(tmp_path / INDEX_DIR / f"{column}.npy", np.zeros(11_000_000, INDEX_DTYPE[column]))
-    code = (
-        "import re, sys, time\n"
-        "from pathlib import Path\n"
-        "from data_tools.sample_format import load_manifest, open_index\n"
-        "start = time.perf_counter()\n"
-        "manifest, columns = load_manifest(Path(sys.argv[1])), open_index(Path(sys.argv[1]))\n"
-        "assert len(columns['width']) == manifest.num_positions == 11_000_000\n"
-        "total = sum(int(columns['jpg_size'][i]) for i in range(0, 11_000_000, 110_000))\n"
-        "seconds = time.perf_counter() - start\n"
-        # VmHWM, for getrusage's peak is inherited from the process that started this one.
-        "print(seconds, int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024)\n"
-    )
-    repo = Path(__file__).resolve().parents[2]
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=repo, check=True)
-    seconds, megabytes = map(float, done.stdout.split())
-    print(json.dumps({"seconds": seconds, "MB": megabytes, "with Python's start": time.monotonic() - start}))
-    assert seconds < 1
-    assert megabytes < 200

@@ -17,7 +17,8 @@ SA1B_IMAGES, IMAGENET_IMAGES = 11_185_362, 1_281_167
 
 
 def load(path: Path, directory: Path, *overrides: str) -> Config:
-    """The config, with every input path it names replaced by a directory that exists."""
+    """The config, with every input path it names replaced by a directory that passes for a data set."""
+    (directory / "manifest.json").touch()
     tree = yaml.safe_load(path.read_text())
     paths = {"data": ("shards", "eval_shards"), "model": ("init_from",)}
     present = [
@@ -60,6 +61,53 @@ def test_sam_recipe_adds_up(tmp_path):
         ROOT / "launch/configs/sam_vith.yaml", tmp_path, "phases.0.epochs=0.1", "phases.1.epochs=1.96"
     )  # as the header says
     assert phase_ends(published.phases, num_samples, 256)[-1] == pytest.approx(90_000, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name, size, steps, batch, lr, decay, drop_path, milestones",
+    [
+        ("sam_vith_paper", "vit_h", 90_000, 256, 8e-4, 0.8, 0.4, (60_000, 86_666)),
+        ("sam_vitl_paper", "vit_l", 180_000, 128, 4e-4, 0.8, 0.4, (120_000, 173_332)),
+        ("sam_vitb_paper", "vit_b", 180_000, 128, 8e-4, 0.6, 0.6, (120_000, 173_332)),
+    ],
+)
+def test_published_sam_recipes(tmp_path, name, size, steps, batch, lr, decay, drop_path, milestones):
+    """Against the figures of SAM's appendix A, typed in here."""
+    config = load(ROOT / f"launch/configs/{name}.yaml", tmp_path)
+    assert (config.model.size, config.model.drop_path, config.model.decoder_dropout) == (size, drop_path, 0.1)
+    assert [(phase.steps, phase.frozen) for phase in config.phases] == [(steps, ())]
+    assert (config.batch.global_size, config.optim.lr, config.optim.layer_decay) == (batch, lr, decay)
+    assert (config.optim.weight_decay, config.optim.betas) == (0.1, (0.9, 0.999))
+    schedule = config.schedule
+    assert (schedule.kind, schedule.warmup_steps, schedule.milestones) == ("multistep", 250, milestones)
+    prompts = config.prompts
+    assert (prompts.rounds, prompts.rounds_without_click, prompts.box_noise, prompts.box_noise_pixels) == (
+        11,
+        2,
+        0.1,
+        20,
+    )
+    assert (prompts.types.point, prompts.types.box, prompts.num_points) == (0.5, 0.5, (1.0,))
+    loss = config.loss
+    assert (loss.focal, loss.dice, loss.iou, loss.multimask_when) == (20, 1, 1, "single_prompt")
+    data = config.data
+    assert (data.max_masks * config.batch.micro, data.max_mask_area) == (64, 0.9)
+    assert (data.scale_jitter, data.horizontal_flip, data.color_jitter) == (None, 0, 0)
+    epochs = steps * batch / SA1B_IMAGES
+    assert epochs == pytest.approx(2.06, abs=0.005)
+
+
+def test_published_mae_recipes(tmp_path):
+    for name, patch in (("vith", 14), ("vitl", 16), ("vitb", 16)):
+        config = load(ROOT / f"launch/configs/mae_{name}_paper.yaml", tmp_path)
+        assert base_lr(config.optim, config.batch) == pytest.approx(2.4e-3)
+        assert (config.model.patch_size, config.model.norm_pix_loss, config.data.crop_scale) == (
+            patch,
+            True,
+            (0.2, 1.0),
+        )
+        assert (config.data.color_jitter, config.optim.decay_bias_and_norm) == (0.0, False)
+        assert load(ROOT / f"launch/configs/sam_{name}_paper.yaml", tmp_path).model.size == config.model.size
 
 
 # ------------------------------------------------------------------------------------------------- dead settings

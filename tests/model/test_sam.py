@@ -137,13 +137,23 @@ def test_vit_b_equals_segment_anything_on_256_pixels():
     assert_same_answers("vit_b", 256, num_images=1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # minutes, and 10 GB for vit_h: two networks in fp32 with their gradients
 @pytest.mark.parametrize("name", ["vit_l", "vit_h"])
 def test_large_models_equal_segment_anything(name: str):
-    ours, theirs = pair(name, 256)
-    images = torch.randn(1, 3, 256, 256)
+    assert_same_answers(name, 256, num_images=1)
+
+
+@pytest.mark.slow
+def test_full_size_equals_segment_anything():
+    ours, theirs = pair("vit_b", 1024)
+    images, prompts = torch.randn(1, 3, 1024, 1024), mixed_prompts(1, 1024)
     with torch.no_grad():
-        assert difference(ours.encode_images(images), theirs.image_encoder(images)) < 1e-5
+        wanted = theirs.image_encoder(images)
+        found = ours(images, prompts)
+        assert difference(ours.encode_images(images), wanted) < 1e-5
+        logits, iou = released_answers(theirs, wanted, prompts)
+        assert difference(found.low_res_logits, logits) < 1e-5
+        assert difference(found.iou_predictions, iou) < 1e-5
 
 
 def test_an_error_would_be_seen():

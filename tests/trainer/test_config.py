@@ -18,6 +18,7 @@ TINY = ROOT / "launch" / "configs" / "sam_tiny.yaml"
 @pytest.fixture
 def good(tmp_path) -> list[str]:
     """Overrides that make the tiny config loadable."""
+    (tmp_path / "manifest.json").touch()
     return [f"data.shards={tmp_path}", f"data.eval_shards={tmp_path}", f"run_dir={tmp_path / 'run'}"]
 
 
@@ -89,7 +90,7 @@ def test_wrong_type_or_range(good, override, place):
     "overrides, part",
     [
         (["prompts.types.point=0.9"], "prompts.types: probabilities sum to 1.4, not 1"),
-        (["prompts.rounds_without_click=1"], "rounds_without_click=1 needs more rounds than 1"),
+        (["prompts.rounds=1", "prompts.rounds_without_click=1"], "rounds_without_click=1 needs more rounds than 1"),
         (["schedule.warmup_epochs=1"], "schedule: give exactly one of warmup_steps and warmup_epochs"),
         (["schedule.kind=multistep"], "kind=multistep needs milestones"),
         (["schedule.milestones=[5]"], "milestones belong to kind=multistep"),

@@ -8,7 +8,16 @@ from torch import nn
 
 from model.build import build_sam
 from trainer.config import Batch, Optim, Phase, Schedule
-from trainer.optim import base_lr, first_trained, layer_multiplier, lr_at, param_groups, phase_ends, steps_of
+from trainer.optim import (
+    base_lr,
+    describe_groups,
+    first_trained,
+    layer_multiplier,
+    lr_at,
+    param_groups,
+    phase_ends,
+    steps_of,
+)
 
 
 def test_layer_decay_of_vit_h_is_the_published_one():
@@ -37,6 +46,32 @@ def test_groups_hold_every_trained_parameter_once_and_are_few():
         assert len({name.split(".")[1] == "image_encoder" for name in group.names}) == 1, "other step counts"
         if group.weight_decay == 0:
             assert all(dict(sam.named_parameters())[name].ndim <= 1 or name.endswith("bias") for name in group.names)
+
+
+@pytest.mark.parametrize(
+    "name, depth, decay, groups", [("vit_b", 12, 0.6, 14), ("vit_l", 24, 0.8, 26), ("vit_h", 32, 0.8, 34)]
+)
+def test_rates_of_every_parameter_of_the_published_recipes(name, depth, decay, groups):
+    """Independently: the exponent counts the blocks above a parameter, and the heads above them."""
+    with torch.device("meta"):
+        task = nn.ModuleDict({"sam": build_sam(name)})
+    found = param_groups(task.named_parameters(), Optim(lr=8e-4, layer_decay=decay), depth, {})
+    assert len(found) == groups
+    scale = {parameter: group.lr_scale for group in found for parameter in group.names}
+    assert scale.keys() == dict(task.named_parameters()).keys()
+    for i in range(depth):
+        block = {value for key, value in scale.items() if key.startswith(f"sam.image_encoder.blocks.{i}.")}
+        assert list(block) == pytest.approx([decay ** (depth - i)])
+    stem = {value for key, value in scale.items() if ".pos_embed" in key or ".patch_embed." in key}
+    assert list(stem) == pytest.approx([decay ** (depth + 1)])
+    rest = {v for k, v in scale.items() if not any(part in k for part in (".blocks.", ".pos_embed", ".patch_embed."))}
+    assert rest == {1.0}
+    lines = describe_groups(found, 8e-4)
+    assert len(lines) == groups
+    assert "image_encoder.pos_embed, image_encoder.patch_embed" in lines[0]
+    assert f"rate {8e-4 * decay ** (depth + 1):.3g}" in lines[0]
+    assert "mask_decoder.transformer" in lines[-1]
+    assert "(x 1) decay 0.1" in lines[-1]
 
 
 def test_frozen_parameters_are_in_no_group():

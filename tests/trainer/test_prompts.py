@@ -59,6 +59,11 @@ def test_box_noise_stays_within_its_limits():
     noisy = np.array([p.box for p in draw_many(Prompts(types=only_boxes, box_noise=0.1), 500)]) - exact
     assert (np.abs(noisy) <= [2.4 + 1e-5, 2.0 + 1e-5, 2.4 + 1e-5, 2.0 + 1e-5]).all()
     assert np.abs(noisy).max() > 2.2
+    settings = Prompts(types=only_boxes, box_noise=0.1, box_noise_kind="normal", box_noise_pixels=4.0)
+    normal = np.array([p.box for p in draw_many(settings, 4000)]) - exact
+    assert np.abs(normal).max() <= 4.0 + 1e-5
+    # A deviation of 10 % of sides of 24 and 20; cutting at 4 takes 10 and 5 % off it (1.67 and 2 deviations).
+    np.testing.assert_allclose(normal.std(axis=0), [2.4 * 0.902, 2.0 * 0.959] * 2, rtol=0.04)
 
 
 def test_clicks_are_uniform_over_the_error_and_labelled_by_the_truth():

@@ -8,9 +8,12 @@ import torch
 from model.sam import SamOutput
 from tests.trainer.tiny import sam_arguments
 from trainer.config import load_config
+from trainer.data.eval_data import evaluation_batch, evaluation_rows
 from trainer.interactive import best_predicted
 from trainer.sam_task import num_prompts
 from trainer.stages import build_pipeline, build_task
+
+ONLY_BOXES = "prompts.types={point: 0, box: 1, mask: 0, none: 0}"
 
 
 def make(scenes, tmp_path, *more: str):
@@ -54,9 +57,23 @@ def test_every_strategy_trains_and_every_parameter_takes_part(scenes, tmp_path, 
     assert {"loss", "round_1/iou", "round_2/focal"} <= metrics.keys()
 
 
+@pytest.mark.parametrize("iou_on", ["selected", "all"])
+def test_the_iou_head_learns_on_the_selected_mask_or_on_all(scenes, tmp_path, iou_on):
+    """Which of the head's four outputs get a gradient, for a single prompt."""
+    task, data = make(scenes, tmp_path, f"loss.iou_on={iou_on}", ONLY_BOXES, "data.max_masks=1", "loss.iou=3")
+    batch = data[[0]].counted(1, 1)
+    loss, metrics = task(batch)
+    loss.backward()
+    learns = task.sam.mask_decoder.iou_prediction_head.layers[-1].bias.grad.abs() > 0
+    assert learns.tolist()[0] is False
+    assert learns.sum() == (1 if iou_on == "selected" else 3)
+    if iou_on == "selected":  # else the mean of three errors stands in its place
+        parts = 20 * metrics["focal"] + metrics["dice"] + 3 * metrics["iou_error"]
+        assert loss.item() == pytest.approx(parts.item(), rel=1e-5)  # fp32 sums in another order
+
+
 def test_the_single_token_learns_from_later_rounds_only_as_published(scenes, tmp_path):
-    only_boxes = "prompts.types={point: 0, box: 1, mask: 0, none: 0}"
-    published = ["loss.multimask_when=single_prompt", only_boxes]
+    published = ["loss.multimask_when=single_prompt", ONLY_BOXES]
     task, data = make(scenes, tmp_path, *published)
     batch = data[[0, 1]].counted(2, 6)
     task(batch)[0].backward()
@@ -95,3 +112,97 @@ def test_a_frozen_encoder_has_no_graph(scenes, tmp_path):
     loss, _ = task(batch)
     loss.backward()
     assert all(p.grad is None for p in task.sam.image_encoder.parameters())
+
+
+PUBLISHED = [
+    "prompts.types={point: 0.5, box: 0.5, mask: 0, none: 0}",
+    "prompts.num_points=[1.0]",
+    "prompts.random_background=false",
+    "prompts.rounds=11",
+    "prompts.rounds_without_click=2",
+    "loss.multimask_when=single_prompt",
+    "loss.select_by=mask",
+    "loss.normalize=mask_mean",
+]
+
+
+def test_the_eleven_published_rounds(scenes, tmp_path, monkeypatch):
+    """What the decoder is asked in each round: points, boxes, masks; and which tokens the loss sees."""
+    task, data = make(scenes, tmp_path, *PUBLISHED)
+    asked, decode = [], task.sam.decode_masks
+
+    def record(embeddings, prompts):
+        asked.append(prompts)
+        return decode(embeddings, prompts)
+
+    monkeypatch.setattr(task.sam, "decode_masks", record)
+    batch = data[[0, 1, 2]].counted(3, 9)
+    loss, metrics = task(batch)
+    loss.backward()
+    assert len(asked) == 11
+    first = (asked[0].point_labels != -1).sum(-1)
+    valid = batch.mask_valid
+    assert ((first == 1) ^ asked[0].has_box)[valid].all(), "one point or one box"
+    assert not asked[0].has_mask.any()
+    for number, prompts in enumerate(asked[1:]):
+        assert prompts.has_mask.all()
+        assert prompts.has_box.equal(batch.has_box)
+        clicks = (prompts.point_labels != -1).sum(-1) - first
+        assert clicks.equal(batch.gets_click[:, : number + 1].sum(1, keepdim=True).expand_as(clicks))
+    assert clicks.eq(8).all()
+    assert asked[-1].point_labels.equal(asked[-2].point_labels), "the last round has no new point"
+    assert len(metrics) == 1 + 4 * 11
+    assert loss.item() == pytest.approx(
+        sum(
+            (20 * metrics[f"round_{r}/focal"] + metrics[f"round_{r}/dice"] + metrics[f"round_{r}/iou_error"]).item()
+            for r in range(1, 12)
+        ),
+        rel=1e-5,  # fp32 sums in another order
+    )
+
+
+def test_rounds_that_need_one_token_score_it_as_if_all_four_were_scored(scenes, tmp_path, monkeypatch):
+    task, data = make(scenes, tmp_path, *PUBLISHED, "prompts.rounds=3", "prompts.rounds_without_click=1")
+    batch = data[[0, 1]].counted(2, 6)
+    short, _ = task(batch)
+    monkeypatch.setattr(type(task), "single_token_only", lambda self, number: False)
+    long, _ = task(batch)
+    assert short.item() == pytest.approx(long.item(), rel=1e-6)
+    monkeypatch.setattr(type(task), "single_token_only", lambda self, number: True)
+    assert task(batch)[0].item() != pytest.approx(long.item(), rel=1e-3), "the test can fail"
+
+
+def test_a_box_is_one_prompt_or_two(scenes, tmp_path):
+    single = "loss.multimask_when=single_prompt"
+    for is_single in (True, False):
+        task, data = make(scenes, tmp_path, ONLY_BOXES, single, f"loss.box_is_single_prompt={is_single}")
+        task(data[[0]].counted(1, 3))[0].backward()
+        heads = task.sam.mask_decoder.output_hypernetworks_mlps
+        learns = [bool(mlp.layers[2].weight.grad.abs().max() > 0) for mlp in heads]
+        assert learns[0] is not is_single
+        assert any(learns[1:]) is is_single
+        reader, rows = evaluation_rows(task.config)
+        asked = evaluation_batch(reader, rows[:1], task.config)
+        assert asked.single_token_for_boxes is not is_single, "evaluation asks the token that was trained"
+
+
+@pytest.mark.parametrize("subset", ["focal=0", "dice=0", "iou=0", "sampled_points=40", "resolution=64"])
+def test_every_part_of_the_loss_can_be_left_out_and_every_resolution_taken(scenes, tmp_path, subset):
+    task, data = make(scenes, tmp_path, f"loss.{subset}")
+    batch = data[[0, 1]].counted(2, 6)
+    loss, _ = task(batch)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in task.parameters())
+    head = task.sam.mask_decoder.iou_prediction_head.layers[0].weight.grad
+    assert (head.abs().max() == 0) == (subset == "iou=0")
+    if subset == "resolution=64":
+        assert batch.masks.shape[-1] == 64
+
+
+def test_nothing_valid_gives_a_finite_zero(scenes, tmp_path):
+    task, data = make(scenes, tmp_path)
+    loss, _ = task(data[[-1, -1]].counted(0, 0))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad.abs().max() == 0 for p in task.parameters())

@@ -4,12 +4,30 @@ Letters: B images, M masks an image, P points a mask, R rounds, H W input pixels
 D encoder blocks. Every random draw of a sample was made in the worker, keyed by (seed, position), and travels here.
 """
 
+import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import torch
 from torch import Tensor
+
+
+class StageClock:
+    """Seconds spent in the stages of making a batch."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,7 @@ class Batch(ABC):
     problems: list[str]  # one line a broken sample
     num_images: float
     num_masks: float
+    stage_seconds: dict[str, float] = field(default_factory=dict, kw_only=True)  # what making it took, by stage
 
     def to(self, device: torch.device) -> Self:
         """Move all tensors; asynchronous from pinned memory."""
@@ -58,10 +77,12 @@ class SamBatch(Batch):
     point_labels: Tensor  # (B, M, P) int64: 1 object, 0 background, -1 none
     boxes: Tensor  # (B, M, 4) float32, x1 y1 x2 y2 in input pixels
     has_box: Tensor  # (B, M) bool
-    wants_mask: Tensor  # (B, M) bool: prompted by the network's own answer to its points
+    wants_mask: Tensor  # (B, M) bool: prompted by the network's own answer to its point; the first masks of an image
+    num_mask_prompts: int  # most of them in an image, so that the pass that answers decodes no other mask
     click_uniforms: Tensor  # (B, M, R - 1) float32 in [0, 1), one for each later round
     gets_click: Tensor  # (B, R - 1) bool: later rounds that add a point; the others only refine
     drop_path_uniforms: Tensor  # (B, D, 2) float32 in [0, 1)
+    image_embeddings: Tensor  # (B, C, H/16, W/16) float16, ready made instead of `images`; (B, 0, 0, 0): from them
 
     def local_counts(self) -> tuple[float, float]:
         has_mask = self.mask_valid.any(dim=1) * self.image_weight

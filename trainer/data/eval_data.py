@@ -11,6 +11,7 @@ from trainer.config import SamConfig
 from trainer.data.images import SampleError, decode_jpeg
 from trainer.data.sam_data import decode_placed, place
 from trainer.data.shards import ShardReader, open_shards
+from trainer.diagnostics import CLICK_RANKS, OBJECTS_PER_IMAGE, DiagnosticBatch, choose_objects, click_inside
 from trainer.interactive import EvalBatch
 
 
@@ -19,7 +20,7 @@ def evaluation_rows(config: SamConfig) -> tuple[ShardReader, np.ndarray]:
     if config.data.eval_shards is not None:
         reader = open_shards(config.data.eval_shards, config.data.remote)
         train, _ = reader.split(0)
-        return reader, np.concatenate(train)
+        return reader, np.concatenate([rows.rows() for rows in train])
     reader = open_shards(config.data.shards, config.data.remote)
     _, held_out = reader.split(config.data.holdout_images)
     if len(held_out) == 0:
@@ -28,16 +29,15 @@ def evaluation_rows(config: SamConfig) -> tuple[ShardReader, np.ndarray]:
 
 
 def evaluation_batches(
-    reader: ShardReader, rows: np.ndarray, config: SamConfig, rank: int, num_ranks: int, batch_size: int = 8
-) -> Iterator[EvalBatch]:
-    """This rank's share of `rows`, every image on exactly one rank; all ranks yield equally many batches.
+    reader: ShardReader, rows: np.ndarray, config: SamConfig, rank: int, num_ranks: int
+) -> Iterator[tuple[int, EvalBatch]]:
+    """This rank's share of `rows`, an image at a time with its index in `rows`; each image on exactly one rank.
 
-    Ranks that run out yield batches without truths, since the forward pass is collective under sharding.
+    All ranks yield equally many, since the forward pass is collective under sharding: those that run out yield blank
+    images without truths.
     """
-    mine = rows[rank::num_ranks]
-    num_batches = math.ceil(math.ceil(len(rows) / num_ranks) / batch_size)
-    for number in range(num_batches):
-        yield evaluation_batch(reader, mine[number * batch_size : (number + 1) * batch_size], config)
+    for index in range(rank, math.ceil(len(rows) / num_ranks) * num_ranks, num_ranks):
+        yield index, evaluation_batch(reader, rows[index : index + 1], config)
 
 
 def evaluation_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig, keep_masks: bool = False) -> EvalBatch:
@@ -67,9 +67,12 @@ def evaluation_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig, k
         truths,
         keys,
         clicks=config.evaluate.clicks,
+        random_clicks=config.evaluate.random_clicks,
+        boundary=config.evaluate.boundary,
         single_token=config.loss.multimask == "single",
         masks_at_once=config.data.max_masks,
         keep_masks=keep_masks,
+        single_token_for_boxes=config.loss.multimask_when == "single_prompt" and not config.loss.box_is_single_prompt,
     )
 
 
@@ -77,3 +80,35 @@ def original_image(reader: ShardReader, row: int) -> np.ndarray:
     """The image as stored, (Y, X, 3) uint8, for pictures."""
     raw = reader.read(int(row))
     return decode_jpeg(raw.jpeg, raw.record.height, raw.record.width)
+
+
+def diagnostic_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig) -> DiagnosticBatch:
+    """Images with a few objects and two clicks on each; at least one image, blank if there is none or it is broken."""
+    size, target_size = config.model.image_size, config.loss.resolution
+    num_images = max(1, len(rows))
+    images = np.zeros((num_images, 3, size, size), np.uint8)
+    sizes = np.full((num_images, 2), size, np.int64)
+    targets = np.zeros((num_images, OBJECTS_PER_IMAGE, target_size, target_size), np.uint8)
+    valid = np.zeros((num_images, OBJECTS_PER_IMAGE), bool)
+    clicks = np.zeros((num_images, OBJECTS_PER_IMAGE, len(CLICK_RANKS), 2), np.float32)
+    for i, row in enumerate(rows):
+        try:
+            raw = reader.read(int(row))
+            record = raw.record
+            placement = place(record.height, record.width, size, 1.0, (0.0, 0.0), False)
+            content = decode_placed(raw.jpeg, record.height, record.width, placement)
+        except SampleError as error:
+            print(f"{reader.name_of(int(row))} is left out of the diagnostics: {error}", flush=True)
+            continue
+        images[i, :, : placement.height, : placement.width] = content.transpose(2, 0, 1)
+        sizes[i] = placement.height, placement.width
+        to_target, to_input = placement.transform(target_size, size), placement.transform(size, size)
+
+        def target_of(mask: rle.Runs, transform: rle.AxisTransform = to_target) -> np.ndarray:
+            return rle.coverage([mask], target_size, target_size, transform)[0] >= 0.5
+
+        masks = [rle.parse(annotation["segmentation"]) for annotation in record.annotations]
+        for m, mask in enumerate(choose_objects(masks, target_of)):
+            targets[i, m], valid[i, m] = target_of(mask), True
+            clicks[i, m] = [click_inside(mask, rank, to_input) for rank in CLICK_RANKS]
+    return DiagnosticBatch(*(torch.from_numpy(array) for array in (images, sizes, targets, valid, clicks)))

@@ -76,9 +76,9 @@ def resize_window(
 ) -> np.ndarray:
     """Antialiased resize of `window` = (x0, y0, x1, y1) of `image`, in its own pixels, to (height, width, 3).
 
-    Pillow's arithmetic at about a quarter of its time, mirrored left to right if `flip`. The result is a view of
-    channel planes: `transpose(2, 0, 1)` of it, which is what batches hold, is contiguous. Pillow may resize downwards
-    before across, and then some values differ by the rounding in between.
+    Pillow's arithmetic at about a third of its time, mirrored left to right if `flip`; why not a library:
+    docs/decisions/0012. The result is a view of channel planes: `transpose(2, 0, 1)` of it, which is what batches hold,
+    is contiguous. Pillow may resize downwards before across, and then some values differ by the rounding in between.
     """
     x0, y0, x1, y1 = (np.float32(edge) for edge in window)  # Pillow's own precision
     x_starts, x_weights = _filter_weights(image.shape[1], x0, x1, width, bicubic)

@@ -13,6 +13,9 @@ from trainer.data.order import StepSampler
 from trainer.distributed import World
 from trainer.guard import STOP_SIGNALS
 
+# Imported once, in the fork server: its workers share the pages (torch alone is 300 MB) and start in no time.
+PRELOADED = ["trainer.data.sam_data", "trainer.data.mae_data"]
+
 
 def build_batches(
     dataset: Dataset, config: Config, world: World, first_step: int, last_step: int
@@ -57,12 +60,13 @@ def build_batches(
 
 
 def _start_fork_server() -> None:
-    """Start the server while stop signals are ignored, which it inherits.
+    """Start the server, with what workers need imported, while stop signals are ignored, which it inherits.
 
     Ctrl-C and Slurm signal the whole process group. A dead server or worker would end the run with an error where it
     should save and leave.
     """
     previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    forkserver.set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
     for number, handler in previous.items():
         signal.signal(number, handler)

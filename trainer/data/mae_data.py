@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from trainer.config import MaeData
-from trainer.data.batches import MaeBatch
+from trainer.data.batches import MaeBatch, StageClock
 from trainer.data.images import SampleError, decode_jpeg, image_size, needed_size, resize_window
 from trainer.data.order import SAMPLE_DRAWS, DataOrder, keyed_rng
 from trainer.data.shards import ShardReader
@@ -35,7 +35,7 @@ class MaeDataset(Dataset):
         weights = np.zeros(len(positions), np.float32)
         factors = np.ones((len(positions), 3), np.float32)
         noise = np.zeros((len(positions), self.num_patches), np.float32)
-        keys, problems = [""] * len(positions), []
+        keys, problems, clock = [""] * len(positions), [], StageClock()
         for i, position in enumerate(positions):
             noise[i] = np.linspace(0, 1, self.num_patches)  # of a filler: any order without ties
             if position < 0:
@@ -47,9 +47,11 @@ class MaeDataset(Dataset):
             row = self.order.row(position)
             keys[i] = self.reader.name_of(row)
             try:
-                raw = self.reader.read(row)
+                with clock.stage("read"):
+                    raw = self.reader.read(row)
                 keys[i] = raw.record.key
-                images[i] = self._crop(raw.jpeg, crop_draws, flip < self.settings.horizontal_flip)
+                with clock.stage("jpeg"):
+                    images[i] = self._crop(raw.jpeg, crop_draws, flip < self.settings.horizontal_flip)
             except SampleError as error:
                 problems.append(f"{keys[i]}: {error}")
                 continue
@@ -62,6 +64,7 @@ class MaeDataset(Dataset):
             problems=problems,
             num_images=0.0,
             num_masks=0.0,
+            stage_seconds=clock.seconds,
             images=torch.from_numpy(images),
             color_factors=torch.from_numpy(factors),
             noise=torch.from_numpy(noise),

@@ -32,17 +32,42 @@ def keyed_rng(seed: int, purpose: int, *counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=words))
 
 
+@dataclass(frozen=True)
+class ShardRows:
+    """The rows of a shard (global, as in `index/`) that may be trained on: all but a few.
+
+    Told by what is left out, they take some bytes: eleven million row numbers would be 90 MB in every worker.
+    """
+
+    first: int
+    num_positions: int
+    left_out: np.ndarray  # ascending, counted from `first`
+
+    def __len__(self) -> int:
+        return self.num_positions - len(self.left_out)
+
+    def row(self, number: int) -> int:
+        """The row of a number below the length, in ascending order."""
+        kept_before = self.left_out - np.arange(len(self.left_out))  # rows kept before each one left out
+        return self.first + number + int(np.searchsorted(kept_before, number, side="right"))
+
+    def rows(self) -> np.ndarray:
+        """All of them."""
+        return self.first + np.delete(np.arange(self.num_positions), self.left_out)
+
+
 class DataOrder:
     """Position in the run to row of the data set.
 
-    rows_per_shard: for each shard the ascending rows (global, as in `index/`) that may be trained on. Holding
-    images out or packing again changes them, and so the order; ranks and restarts do not.
+    shard_rows: what of each shard may be trained on. Holding images out or packing again changes it, and so the
+    order; ranks and restarts do not.
     """
 
-    def __init__(self, rows_per_shard: list[np.ndarray], seed: int, num_lanes: int, window: int) -> None:
-        self.rows_per_shard = rows_per_shard
+    def __init__(self, shard_rows: list[ShardRows], seed: int, num_lanes: int, window: int) -> None:
+        self.shard_rows = shard_rows
+        self.sizes = np.array([len(rows) for rows in shard_rows], np.int64)
         self.seed, self.num_lanes, self.window = seed, num_lanes, window
-        self.num_samples = int(sum(len(rows) for rows in rows_per_shard))
+        self.num_samples = int(self.sizes.sum())
         if self.num_samples == 0:
             raise ValueError("the data set has no sample to train on")
         self._lines: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the epochs last asked for
@@ -59,8 +84,8 @@ class DataOrder:
         shards, ends = self._epoch_line(epoch)
         place = lane_start + step
         number = int(np.searchsorted(ends, place, side="right"))
-        rows = self.rows_per_shard[shards[number]]
-        return int(rows[place - (int(ends[number]) - len(rows))])
+        rows = self.shard_rows[shards[number]]
+        return rows.row(place - (int(ends[number]) - len(rows)))
 
     def _lane(self, lane: int) -> tuple[int, int]:
         """Start and length of a lane on the epoch's line; the first `N mod C` lanes are one longer."""
@@ -70,8 +95,8 @@ class DataOrder:
     def _epoch_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards of an epoch in order, and where each ends on the line."""
         if epoch not in self._lines:
-            shards = keyed_rng(self.seed, SHARD_ORDER, epoch).permutation(len(self.rows_per_shard))
-            ends = np.cumsum([len(self.rows_per_shard[shard]) for shard in shards])
+            shards = keyed_rng(self.seed, SHARD_ORDER, epoch).permutation(len(self.shard_rows))
+            ends = np.cumsum(self.sizes[shards])
             # A batch may straddle two epochs; older ones are not asked for again.
             self._lines = {old: line for old, line in self._lines.items() if old == epoch - 1} | {epoch: (shards, ends)}
         return self._lines[epoch]

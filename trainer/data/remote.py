@@ -15,6 +15,11 @@ import asyncio
 import fcntl
 import hashlib
 import os
+import select
+import shlex
+import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -38,11 +43,12 @@ from data_tools.sample_format import (
     load_manifest,
     publish,
 )
-from trainer.config import Remote
-from trainer.data.order import DataOrder
+from trainer.config import PIPE, PIPE_SLOT, Remote
+from trainer.data.order import DataOrder, ShardRows
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 30.0  # between tries, doubled each time
 OPEN_TRIES = 3
+READ_BYTES = 1 << 20  # of a command's output at a time
 
 Check = Callable[[Path], str | None]  # what is wrong with a fetched file, if anything
 
@@ -55,7 +61,7 @@ class ShardError(ValueError):
 class ShardCache:
     """The node's copy of one remote data set. Small: it travels to loader workers."""
 
-    url: str
+    url: str  # or a command, `pipe:ssh store cat /data/sa1b/{}`
     directory: Path  # manifest and index are here, shards come when needed
     settings: Remote
 
@@ -67,7 +73,8 @@ class ShardCache:
                 return os.open(path, os.O_RDONLY)
             except FileNotFoundError:
                 continue  # another process needed the room
-        raise ShardError(f"{self.url}/{info.name} was evicted before it could be opened: raise data.remote.cache_gb")
+        url = url_of(self.url, info.name)
+        raise ShardError(f"{url} was evicted before it could be opened: raise data.remote.cache_gb")
 
     def fetch(self, info: ShardInfo, wait_for_others: bool = True) -> Path:
         """Have the shard here, whole and checked; one process of the node fetches it, the others wait or pass on."""
@@ -77,12 +84,22 @@ class ShardCache:
         with locked(path.with_name(path.name + ".lock"), wait_for_others) as mine:
             if mine and not path.exists():
                 make_room(info.num_bytes, self.settings)
-                url = f"{self.url}/{info.name}"
+                url = url_of(self.url, info.name)
                 try:
                     download(url, path, self.settings, lambda part: wrong_shard(part, info))
                 except FileNotFoundError:
                     raise ShardError(f"{url} is missing; the manifest beside it lists it") from None
         return path
+
+
+def url_of(source: str, name: str) -> str:
+    """Where a file of the data set is: below the URL, or the command that writes it to its standard output.
+
+    A name comes from the server's manifest, so a shell must not take it for more than one word.
+    """
+    if source.startswith(PIPE):
+        return source.replace(PIPE_SLOT, shlex.quote(name))
+    return f"{source}/{name}"
 
 
 def cache_dir(settings: Remote) -> Path:
@@ -100,7 +117,7 @@ def open_cache(url: str, settings: Remote) -> ShardCache:
     root.mkdir(parents=True, exist_ok=True)
     fresh = root / f"{MANIFEST_NAME}.{os.getpid()}"
     try:
-        download(f"{url}/{MANIFEST_NAME}", fresh, settings, lambda part: None)
+        download(url_of(url, MANIFEST_NAME), fresh, settings, lambda part: None)
     except FileNotFoundError:
         raise ValueError(f"{url} holds no {MANIFEST_NAME}: pack it with `python -m data_tools.pack`") from None
     directory = root / hashlib.sha256(fresh.read_bytes()).hexdigest()[:16]
@@ -109,21 +126,39 @@ def open_cache(url: str, settings: Remote) -> ShardCache:
     try:
         num_rows = load_manifest(directory).num_positions
     except ValueError as error:
-        raise ValueError(f"{url}/{MANIFEST_NAME}: {error}") from error
+        raise ValueError(f"{url_of(url, MANIFEST_NAME)}: {error}") from error
     with locked(directory / "index.lock"):
         for column in INDEX_DTYPE.names or ():
             path = directory / INDEX_DIR / f"{column}.npy"
             if path.exists():
                 continue
+            column_url = url_of(url, f"{INDEX_DIR}/{path.name}")
             try:
-                download(f"{url}/{INDEX_DIR}/{path.name}", path, settings, lambda part: wrong_column(part, num_rows))
+                download(column_url, path, settings, lambda part: wrong_column(part, num_rows))
             except FileNotFoundError:
-                raise ValueError(f"{url}/{INDEX_DIR}/{path.name} is missing: copy `index/` with the shards") from None
-        try:
-            download(f"{url}/{QUARANTINE_NAME}", directory / QUARANTINE_NAME, settings, lambda part: None)
-        except FileNotFoundError:
-            (directory / QUARANTINE_NAME).unlink(missing_ok=True)
+                raise ValueError(f"{column_url} is missing: copy `index/` with the shards") from None
+        fetch_quarantine(url, directory, settings)
     return ShardCache(url, directory, settings)
+
+
+def fetch_quarantine(url: str, directory: Path, settings: Remote) -> None:
+    """The quarantine list, or none if there is none.
+
+    A command cannot say that a file is not there, only fail. Since it has just delivered the manifest, two failures
+    are taken for that, and said aloud.
+    """
+    path, source = directory / QUARANTINE_NAME, url_of(url, QUARANTINE_NAME)
+    if url.startswith(PIPE):
+        settings = settings.model_copy(update={"retries": min(1, settings.retries)})
+    try:
+        download(source, path, settings, lambda part: None)
+    except FileNotFoundError:
+        path.unlink(missing_ok=True)
+    except ShardError as error:
+        if not url.startswith(PIPE):
+            raise
+        path.unlink(missing_ok=True)
+        print(f"taken for a data set without quarantine list: {error}", file=sys.stderr, flush=True)
 
 
 def wrong_shard(path: Path, info: ShardInfo) -> str | None:
@@ -196,6 +231,7 @@ def download(url: str, path: Path, settings: Remote, check: Check) -> None:
         if number:
             time.sleep(min(FIRST_WAIT_SECONDS * 2 ** (number - 1), LONGEST_WAIT_SECONDS))
         part.unlink(missing_ok=True)  # a try that was given up may still hold it and write
+        transfer = transfer_output if url.startswith(PIPE) else transfer_file
         error = transfer(url, part, settings.timeout_seconds)
         if isinstance(error, FileNotFoundError):
             raise error
@@ -210,7 +246,7 @@ def download(url: str, path: Path, settings: Remote, check: Check) -> None:
     )
 
 
-def transfer(url: str, part: Path, timeout_seconds: float) -> BaseException | None:
+def transfer_file(url: str, part: Path, timeout_seconds: float) -> BaseException | None:
     """One try. Returns what went wrong: every file system of fsspec has exceptions of its own.
 
     Time runs from the last byte that came, not over the file: a large shard may take long, a silent server may not.
@@ -227,6 +263,47 @@ def transfer(url: str, part: Path, timeout_seconds: float) -> BaseException | No
             future.cancel()
             return TimeoutError(f"no byte came for {timeout_seconds:g} s, after {seen}")
     return future.exception()
+
+
+def transfer_output(url: str, part: Path, timeout_seconds: float) -> BaseException | None:
+    """One try of a command, through webdataset's opener. Returns what went wrong; time runs from the last byte.
+
+    The command gets a session of its own: a shell and all that it started can then be ended together.
+    """
+    from webdataset.gopen import gopen  # only here: it takes seconds to import
+
+    command = url.removeprefix(PIPE)
+    stream = gopen(f"{PIPE}exec setsid sh -c {shlex.quote(command)}", "rb")
+    process, output = stream.proc, stream.stream
+    num_bytes = 0
+    try:
+        with part.open("wb") as file:
+            while select.select([output], [], [], timeout_seconds)[0]:
+                data = os.read(output.fileno(), READ_BYTES)
+                if not data:
+                    process.wait(timeout_seconds)
+                    stream.wait_for_child()  # raises for a status that says failure
+                    return None
+                file.write(data)
+                num_bytes += len(data)
+        return TimeoutError(f"no byte came for {timeout_seconds:g} s, after {num_bytes}")
+    except subprocess.TimeoutExpired:
+        return TimeoutError(f"the command did not end within {timeout_seconds:g} s of its last byte")
+    except OSError as error:
+        return error
+    finally:
+        if process.poll() is None:
+            end_session(process)
+        output.close()
+
+
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """Kill a command and all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()  # so young that `setsid` has not run
+    process.wait()
 
 
 def file_system(url: str) -> Any:
@@ -252,14 +329,14 @@ class AheadOrder(DataOrder):
 
     def __init__(
         self,
-        rows_per_shard: list[np.ndarray],
+        shard_rows: list[ShardRows],
         seed: int,
         num_lanes: int,
         window: int,
         cache: ShardCache,
         shards: tuple[ShardInfo, ...],
     ) -> None:
-        super().__init__(rows_per_shard, seed, num_lanes, window)
+        super().__init__(shard_rows, seed, num_lanes, window)
         self.cache, self.shards = cache, shards
         self._entered: dict[int, tuple[int, int]] = {}  # lane to epoch and window
         self._wanted: SimpleQueue[int] | None = None
@@ -282,7 +359,7 @@ class AheadOrder(DataOrder):
         first, last = lane_start + start, lane_start + min(start + self.window, lane_length) - 1
         line, ends = self._epoch_line(epoch)
         low, high = np.searchsorted(ends, [first, last], side="right")
-        return [int(shard) for shard in line[low : high + 1] if len(self.rows_per_shard[shard])]
+        return [int(shard) for shard in line[low : high + 1] if self.sizes[shard]]
 
     def _queue(self) -> SimpleQueue[int]:
         """What the background thread of this process is to fetch."""

@@ -16,13 +16,12 @@ from torch.utils.data import Dataset
 from data_tools import rle
 from data_tools.sample_format import Record
 from trainer.config import SamConfig
-from trainer.data.batches import SamBatch
+from trainer.data.batches import SamBatch, StageClock
+from trainer.data.embeddings import EmbeddingStore
 from trainer.data.images import SampleError, decode_jpeg, needed_size, resize_window
 from trainer.data.order import MASK_ORDER, SAMPLE_DRAWS, DataOrder, keyed_rng
 from trainer.data.shards import ShardReader
 from trainer.prompts import FirstPrompt, PromptType, first_prompt, later_rounds_with_click, num_draws
-
-MASKS_AT_ONCE = 4  # whose float coverage exists at a time: 1 MB at 256 pixels stays in the cache, 16 MB do not
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,21 @@ def draw(rng: np.random.Generator, config: SamConfig, num_blocks: int) -> Draws:
 class SamDataset(Dataset):
     """Map-style dataset whose items are micro-batches: a list of positions in, a `SamBatch` out."""
 
-    def __init__(self, reader: ShardReader, order: DataOrder, config: SamConfig, num_blocks: int) -> None:
+    def __init__(
+        self,
+        reader: ShardReader,
+        order: DataOrder,
+        config: SamConfig,
+        num_blocks: int,
+        embeddings: EmbeddingStore | None = None,
+    ) -> None:
         self.reader, self.order, self.config, self.num_blocks = reader, order, config, num_blocks
+        self.embeddings = embeddings
 
     def __getitem__(self, positions: Sequence[int]) -> SamBatch:
-        arrays = self._empty(len(positions))
+        clock = StageClock()
+        with clock.stage("collate"):
+            arrays = self._empty(len(positions))
         keys, problems = [""] * len(positions), []
         for i, position in enumerate(positions):
             if position < 0:
@@ -107,10 +116,17 @@ class SamDataset(Dataset):
             row = self.order.row(position)
             keys[i] = self.reader.name_of(row)
             try:
-                raw = self.reader.read(row)
+                with clock.stage("read"):
+                    raw = self.reader.read(row)
                 keys[i] = raw.record.key
                 mask_order = keyed_rng(self.config.seed, MASK_ORDER, position).permutation(len(raw.record.annotations))
-                self._fill(arrays, i, raw.record, raw.jpeg, mask_order, draws)
+                if self.embeddings is not None and not self.embeddings.done[row]:
+                    raise SampleError("has no embedding; run `python -m trainer.embed` again")
+                jpeg = None if self.embeddings else raw.jpeg
+                self._fill(arrays, i, raw.record, jpeg, mask_order, draws, clock)
+                if self.embeddings is not None:
+                    with clock.stage("read"):
+                        arrays["image_embeddings"][i] = self.embeddings.values[row]
             except SampleError as error:
                 problems.append(f"{keys[i]}: {error}")
         return SamBatch(
@@ -119,6 +135,8 @@ class SamDataset(Dataset):
             problems=problems,
             num_images=0.0,
             num_masks=0.0,
+            num_mask_prompts=int(arrays["wants_mask"].sum(axis=1).max()),
+            stage_seconds=clock.seconds,
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
         )
 
@@ -127,6 +145,7 @@ class SamDataset(Dataset):
         config = self.config
         masks, points, rounds = config.data.max_masks, len(config.prompts.num_points), config.prompts.rounds
         size, target = config.model.image_size, config.loss.resolution
+        embedding = self.embeddings.shape if self.embeddings else (0, 0, 0)
         return {
             "image_weight": np.zeros(batch, np.float32),
             "images": np.zeros((batch, 3, size, size), np.uint8),
@@ -142,34 +161,65 @@ class SamDataset(Dataset):
             "click_uniforms": np.zeros((batch, masks, rounds - 1), np.float32),
             "gets_click": np.ones((batch, rounds - 1), bool),
             "drop_path_uniforms": np.ones((batch, self.num_blocks, 2), np.float32),
+            "image_embeddings": np.zeros((batch, *embedding), np.float16),
         }
 
     def _fill(
-        self, arrays: dict[str, np.ndarray], i: int, record: Record, jpeg: bytes, mask_order: np.ndarray, draws: Draws
+        self,
+        arrays: dict[str, np.ndarray],
+        i: int,
+        record: Record,
+        jpeg: bytes | None,
+        mask_order: np.ndarray,
+        draws: Draws,
+        clock: StageClock,
     ) -> None:
-        """Decode sample `i` of the batch into the arrays."""
+        """Decode sample `i` of the batch into the arrays; without `jpeg` all but its pixels."""
         config = self.config
         size = config.model.image_size
         low, high = config.data.scale_jitter or (1.0, 1.0)
         scale = low + draws.scale * (high - low)
         flip = draws.flip < config.data.horizontal_flip
         placement = place(record.height, record.width, size, scale, draws.shift, flip)
-        image = decode_placed(jpeg, record.height, record.width, placement)
-        chosen, targets = choose_masks(record, placement, mask_order, config)
+        with clock.stage("jpeg"):
+            image = None if jpeg is None else decode_placed(jpeg, record.height, record.width, placement)
+        with clock.stage("masks"):
+            chosen, targets = choose_masks(record, placement, mask_order, config)
+        with clock.stage("prompts"):
+            transform = placement.transform(size, size)
+            prompts = [
+                first_prompt(mask, placement.window, transform, draws.prompts[m], config.prompts)
+                for m, mask in enumerate(chosen)
+            ]
+        # Those that want the network's own answer come first: the pass that makes it decodes the first slots only.
+        slots = sorted(range(len(chosen)), key=lambda m: prompts[m].type != PromptType.MASK)
+        with clock.stage("collate"):
+            self._collate(arrays, i, image, placement, targets, slots, draws)
+            for m, slot in enumerate(slots):
+                write_prompt(arrays, i, m, prompts[slot])
 
-        arrays["images"][i, :, : placement.height, : placement.width] = image.transpose(2, 0, 1)
+    def _collate(
+        self,
+        arrays: dict[str, np.ndarray],
+        i: int,
+        image: np.ndarray | None,
+        placement: Placement,
+        targets: np.ndarray,
+        slots: list[int],
+        draws: Draws,
+    ) -> None:
+        """Copy what was made for sample `i` into the batch."""
+        if image is not None:
+            arrays["images"][i, :, : placement.height, : placement.width] = image.transpose(2, 0, 1)
         arrays["image_sizes"][i] = placement.height, placement.width
-        arrays["color_factors"][i] = 1.0 + config.data.color_jitter * (2.0 * draws.color - 1.0)
+        arrays["color_factors"][i] = 1.0 + self.config.data.color_jitter * (2.0 * draws.color - 1.0)
         arrays["click_uniforms"][i] = draws.clicks
         arrays["gets_click"][i] = draws.gets_click
         arrays["drop_path_uniforms"][i] = draws.drop_path
-        arrays["masks"][i, : len(chosen)] = targets
-        arrays["mask_valid"][i, : len(chosen)] = True
-        arrays["image_weight"][i] = float(bool(chosen))
-        transform = placement.transform(size, size)
-        for m, mask in enumerate(chosen):
-            prompt = first_prompt(mask, placement.window, transform, draws.prompts[m], config.prompts)
-            write_prompt(arrays, i, m, prompt)
+        num = len(slots)
+        np.take(targets, slots, axis=0, out=arrays["masks"][i, :num], mode="clip")  # mode raise would copy once more
+        arrays["mask_valid"][i, :num] = True
+        arrays["image_weight"][i] = float(num > 0)
 
 
 def write_prompt(arrays: dict[str, np.ndarray], i: int, m: int, prompt: FirstPrompt) -> None:
@@ -210,7 +260,7 @@ def choose_masks(
     candidates = list(mask_order)
     max_area = (config.data.max_mask_area or 1.0) * record.height * record.width
     chosen: list[rle.Runs] = []
-    targets = np.empty((max_masks, size, size), bool)
+    targets = [np.empty((0, size, size), np.uint8)]
     while candidates and len(chosen) < max_masks:
         wanted = max_masks - len(chosen)
         batch = []
@@ -228,11 +278,8 @@ def choose_masks(
         del candidates[:wanted]
         if not batch:
             continue
-        for start in range(0, len(batch), MASKS_AT_ONCE):
-            part = batch[start : start + MASKS_AT_ONCE]
-            bitmaps = rle.coverage(part, size, size, transform) >= 0.5
-            for mask, bitmap in zip(part, bitmaps, strict=True):
-                if bitmap.any():
-                    targets[len(chosen)] = bitmap
-                    chosen.append(mask)
-    return chosen, targets[: len(chosen)].view(np.uint8)
+        bitmaps, areas = rle.covered(batch, size, size, transform)
+        shown = np.flatnonzero(areas)
+        chosen += [batch[number] for number in shown]
+        targets.append(bitmaps if len(shown) == len(batch) else bitmaps[shown])
+    return chosen, targets[-1] if len(targets) == 2 else np.concatenate(targets)

@@ -18,7 +18,7 @@ from data_tools.sample_format import (
 )
 from trainer.config import Remote, is_remote
 from trainer.data.images import SampleError
-from trainer.data.order import holdout_hash
+from trainer.data.order import ShardRows, holdout_hash
 from trainer.data.remote import ShardCache, ShardError, open_cache
 
 MAX_OPEN_SHARDS = 256  # file descriptors a worker keeps; far below the usual limit of 1024
@@ -140,23 +140,37 @@ class ShardReader:
         # A worker maps the index itself: neither columns nor files travel.
         return ShardReader, (self.directory, self.cache)
 
-    def split(self, holdout_images: int) -> tuple[list[np.ndarray], np.ndarray]:
+    def split(self, holdout_images: int) -> tuple[list[ShardRows], np.ndarray]:
         """Rows to train on, for each shard, and rows held out: about `holdout_images` of them, by hash of the id.
 
-        Gaps are in neither. Small data sets may hold out a few more or less than asked, at least one.
+        Gaps are in neither. Small data sets may hold out a few more or less than asked, at least one. Shard by shard,
+        so that no array is as long as the data set.
         """
-        valid = np.asarray(self.columns["jpg_size"]) > 0
-        held_out = np.zeros(len(valid), bool)
-        if holdout_images and valid.any():
-            numbers = np.where(valid, holdout_hash(np.asarray(self.columns["image_id"])), np.inf)
-            held_out = numbers < holdout_images / self.manifest.num_samples
-            held_out[numbers.argmin()] = True  # at least one
-        starts = [0, *self.ends[:-1]]
+        share = holdout_images / max(1, self.manifest.num_samples)
+        sizes, image_ids = self.columns["jpg_size"], self.columns["image_id"]
+        left_out, held_out = [], []  # for each shard, counted from its first row
+        least, least_row = np.inf, -1  # the row with the smallest hash
+        starts = [0, *self.ends[:-1].tolist()]
+        for start, end in zip(starts, self.ends.tolist(), strict=True):
+            is_gap = sizes[start:end] == 0
+            held = np.empty(0, np.int64)
+            if holdout_images and not is_gap.all():
+                numbers = np.where(is_gap, np.inf, holdout_hash(image_ids[start:end]))
+                held = np.flatnonzero(numbers < share)
+                if numbers.min() < least:
+                    least, least_row = numbers.min(), start + int(numbers.argmin())
+                is_gap[held] = True
+            left_out.append(np.flatnonzero(is_gap))
+            held_out.append(start + held)
+        if least_row >= 0 and not any(len(held) for held in held_out):
+            shard = self.shard_of(least_row)
+            left_out[shard] = np.union1d(left_out[shard], least_row - starts[shard])
+            held_out[shard] = np.array([least_row])
         train = [
-            start + np.flatnonzero(valid[start:end] & ~held_out[start:end])
-            for start, end in zip(starts, self.ends, strict=True)
+            ShardRows(start, shard.num_positions, out)
+            for start, shard, out in zip(starts, self.manifest.shards, left_out, strict=True)
         ]
-        return train, np.flatnonzero(valid & held_out)
+        return train, np.concatenate(held_out)
 
     def fingerprint(self) -> str:
         """Identifies the data and its order: a run resumes only on the same."""

@@ -112,6 +112,16 @@ class DeepSpeedEngine:
         """Learning rate of every group."""
         return [param_group["lr"] for param_group in self._zero.param_groups]
 
+    def rates(self) -> dict[str, tuple[float, float]]:
+        """Rate and decay of every parameter, see `Engine`: those of the flat group that DeepSpeed has put it in."""
+        names = {id(parameter): name for name, parameter in self._trained.items()}
+        members = self._zero.bit16_groups if self.stage < 3 else self._zero.fp16_groups
+        return {
+            names[id(parameter)]: (group["lr"], group["weight_decay"])
+            for group, parameters in zip(self._zero.param_groups, members, strict=True)
+            for parameter in parameters
+        }
+
     @property
     def loss_scale(self) -> float:
         """Loss scale."""

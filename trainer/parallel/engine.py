@@ -46,6 +46,9 @@ class Engine(Protocol):
     def lrs(self) -> list[float]:
         """Learning rate of every group, in the order of the groups."""
 
+    def rates(self) -> dict[str, tuple[float, float]]:
+        """Learning rate and weight decay of every trained parameter by name, as the optimizer itself has them."""
+
     @property
     def loss_scale(self) -> float:
         """Factor on the loss in fp16, else 1. Reading it waits for the GPU."""

@@ -111,6 +111,15 @@ class TorchEngine:
         """Learning rate of every group."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
+    def rates(self) -> dict[str, tuple[float, float]]:
+        """Rate and decay of every parameter, see `Engine`."""
+        names = {id(parameter): name for name, parameter in self._trained.items()}
+        return {
+            names[id(parameter)]: (group["lr"], group["weight_decay"])
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+        }
+
     @property
     def loss_scale(self) -> float:
         """Loss scale; a host-device sync."""

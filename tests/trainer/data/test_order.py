@@ -5,13 +5,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.order import DataOrder, StepSampler, holdout_hash, keyed_rng, slots_of_rank
+from trainer.data.order import DataOrder, ShardRows, StepSampler, holdout_hash, keyed_rng, slots_of_rank
 
 
 def make_order(shard_sizes: list[int], lanes: int = 4, window: int = 8, seed: int = 0) -> DataOrder:
-    starts = np.cumsum([0, *shard_sizes[:-1]])
-    rows = [start + np.arange(size) for start, size in zip(starts, shard_sizes, strict=True)]
+    starts = np.cumsum([0, *shard_sizes[:-1]]).tolist()
+    none = np.empty(0, np.int64)
+    rows = [ShardRows(start, size, none) for start, size in zip(starts, shard_sizes, strict=True)]
     return DataOrder(rows, seed, lanes, window)
+
+
+@given(first=st.integers(0, 1000), is_left_out=st.lists(st.booleans(), max_size=30))
+def test_rows_of_a_shard_are_those_not_left_out(first, is_left_out):
+    rows = ShardRows(first, len(is_left_out), np.flatnonzero(is_left_out))
+    kept = [first + i for i, out in enumerate(is_left_out) if not out]
+    assert [rows.row(number) for number in range(len(rows))] == rows.rows().tolist() == kept
 
 
 @given(
@@ -91,4 +99,4 @@ def test_the_hold_out_is_a_hash_of_the_id_with_the_asked_share():
 
 def test_an_empty_data_set_is_refused():
     with pytest.raises(ValueError, match="no sample"):
-        DataOrder([np.arange(0)], 0, 4, 8)
+        DataOrder([ShardRows(0, 3, np.arange(3))], 0, 4, 8)

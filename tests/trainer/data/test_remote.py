@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.sample_format import load_manifest
+from data_tools.sample_format import Quarantined, load_manifest, save_quarantine
 from tests.trainer.tiny import losses, sam_arguments, samples
 from trainer import train
 from trainer.config import Remote, is_remote
@@ -189,11 +189,14 @@ def test_a_body_cut_short_or_changed_is_never_trained_on(server, settings):
 
 def test_only_urls_that_can_be_read_pass_the_config(scenes, tmp_path, capsys):
     assert all(map(is_remote, ("https://a/b", "gs://a/b")))
-    assert not any(map(is_remote, ("data/sa1b", "/data/http", "ftp://a/b")))
-    for source in ("pipe:cat {0..9}.tar", "ftp://a/b"):
+    assert is_remote("pipe:ssh store cat /data/{}")
+    assert not any(map(is_remote, ("data/sa1b", "/data/http", "ftp://a/b", "pipe:cat {0..9}.tar")))
+    for source, said in (
+        ("pipe:cat {0..9}.tar", "lacks {}, which stands for the name of a file"),
+        ("ftp://a/b", "is no directory and no URL of http, https, s3, gs"),
+    ):
         assert train.main(sam_arguments({**scenes, "train": source}, tmp_path / "run")) == 2
-        said = f"data.shards: {source} is no directory and no URL of http, https, s3, gs"
-        assert said in capsys.readouterr().err
+        assert f"data.shards: {source} {said}" in capsys.readouterr().err
 
 
 def test_what_is_not_there_is_said_at_once(server, settings, tmp_path):
@@ -327,3 +330,84 @@ def test_training_stops_when_the_server_dies(server, scenes, tmp_path, capsys):
     assert train.main(sam_arguments({**scenes, "train": server.url}, tmp_path / "run", *quick)) == 2
     assert time.monotonic() - started < 60
     assert "gave up after 2 tries" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+def test_a_command_is_a_source_like_any_other(scenes, settings, tmp_path, capsys):
+    """Each file by a command of its own, its name in the place of {}; names are one word for the shell."""
+    log = tmp_path / "asked"
+    source = f"pipe:echo {{}} >> {log}; cat {scenes['train']}/{{}}"
+    reader = open_shards(source, settings)
+    assert "without quarantine list" in capsys.readouterr().err
+    assert read_all(reader) == read_all(ShardReader(scenes["train"]))
+    assert reader.fingerprint() == ShardReader(scenes["train"]).fingerprint()
+    asked = Counter(log.read_text().split())
+    assert asked.pop("quarantine.json") == 2, "a failure is tried once more"
+    assert set(asked.values()) == {1}
+    assert {"manifest.json", "index/width.npy", "shard-000002.tar"} <= set(asked)
+    assert remote.url_of("pipe:cat {}", "a; touch b") == "pipe:cat 'a; touch b'"
+
+
+def test_the_quarantine_list_comes_through_a_command(scenes, settings, tmp_path):
+    copy = shutil.copytree(scenes["train"], tmp_path / "copy")
+    save_quarantine(copy, [Quarantined(3, "key", "why")])
+    assert open_shards(f"pipe:cat {copy}/{{}}", settings).quarantined == {3: "why"}
+
+
+def test_a_command_that_fails_now_and_then_is_tried_again(scenes, settings, tmp_path):
+    """Every other call fails half way, with a status that says so."""
+    flag = tmp_path / "flag"
+    source = (
+        f"pipe:if rm {flag} 2>/dev/null; then cat {scenes['train']}/{{}}; "
+        f"else touch {flag}; head -c 500 {scenes['train']}/{{}}; exit 3; fi"
+    )
+    assert read_all(open_shards(source, settings)) == read_all(ShardReader(scenes["train"]))
+
+
+@pytest.mark.parametrize(
+    ("shard_command", "said"),
+    [
+        ("sleep 301 | cat", "no byte came for 0.5 s, after 0"),
+        ("head -c 700 {}; exec sleep 301", "no byte came for 0.5 s, after 700"),
+        ("cat {}; exec 1>&-; sleep 301", "did not end within 0.5 s"),
+        ("false", "exit 1"),
+        ("head -c 700 {}", "it has 700 bytes, the manifest says"),
+        ("tr a b < {}", "its SHA-256 is not the manifest's"),
+    ],
+    ids=["silent", "falls silent", "stays", "fails", "short", "changed"],
+)
+def test_a_command_that_cannot_deliver_ends_in_an_error(scenes, settings, shard_command, said):
+    patience = settings.model_copy(update={"timeout_seconds": 0.5, "retries": 1})
+    file = f"{scenes['train']}/{{}}"
+    source = f"pipe:case {{}} in *.tar) {shard_command.replace('{}', file)};; *) cat {file};; esac"
+    reader = open_shards(source, patience)
+    started = time.monotonic()
+    with pytest.raises(ShardError, match=said) as caught:
+        reader.read(0)
+    assert time.monotonic() - started < 10  # two tries of half a second at most, on a busy machine
+    assert "after 2 tries" in str(caught.value)
+    assert not tars(settings)
+    assert not leftovers(settings)
+    # `sleep 301` is nobody else's: nothing that the command started is left, once the kernel has got round to it.
+    deadline = time.monotonic() + 10
+    while sleepers := [path for path in Path("/proc").glob("[0-9]*/cmdline") if is_sleeper(path)]:
+        assert time.monotonic() < deadline, sleepers
+        time.sleep(0.05)
+
+
+def is_sleeper(path: Path) -> bool:
+    try:
+        return path.read_bytes() == b"sleep\x00301\x00"
+    except OSError:  # the process has ended
+        return False
+
+
+def test_training_through_a_command_is_training_from_the_directory(scenes, tmp_path):
+    local, piped = tmp_path / "local", tmp_path / "piped"
+    assert train.main(sam_arguments(scenes, local)) == 0
+    source = {**scenes, "train": f"pipe:cat {scenes['train']}/{{}}"}
+    assert train.main(sam_arguments(source, piped, f"data.remote.cache_dir={tmp_path / 'cache'}")) == 0
+    assert samples(piped) == samples(local)
+    assert losses(piped) == losses(local)

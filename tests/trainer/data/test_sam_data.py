@@ -151,7 +151,7 @@ def test_content_excludes_padding(scenes, tmp_path):
 def test_hold_out_and_training_share_no_image(scenes):
     reader = ShardReader(scenes["train"])
     train, held_out = reader.split(8)
-    rows = set(np.concatenate(train).tolist())
+    rows = set(np.concatenate([shard.rows() for shard in train]).tolist())
     assert rows.isdisjoint(held_out.tolist())
     assert len(rows) + len(held_out) == load_manifest(scenes["train"]).num_samples
     assert len(held_out) > 0

@@ -1,18 +1,35 @@
 """Reading by offset from a directory, and how much bad data a run takes."""
 
+import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_tools.sample_format import Quarantined, Record, load_manifest, save_manifest, save_quarantine
+import bench.data
+from data_tools.sample_format import (
+    INDEX_DIR,
+    INDEX_DTYPE,
+    Manifest,
+    Quarantined,
+    Record,
+    ShardInfo,
+    load_manifest,
+    save_manifest,
+    save_quarantine,
+    shard_name,
+)
 from tests.trainer.tiny import mae_arguments, sam_arguments, samples
 from trainer import train
 from trainer.data import shards
 from trainer.data.batches import Batch
 from trainer.data.images import SampleError
+from trainer.data.order import holdout_hash
 from trainer.data.shards import ShardError, ShardReader
 from trainer.distributed import single_process
 from trainer.guard import Guard
@@ -79,8 +96,59 @@ def test_held_out_images_are_in_no_training_row(scenes):
     reader = ShardReader(scenes["train"])
     train_rows, held_out = reader.split(3)
     assert len(held_out) >= 1
-    assert sorted([*np.concatenate(train_rows), *held_out]) == list(range(24))
+    assert sorted([*np.concatenate([rows.rows() for rows in train_rows]), *held_out]) == list(range(24))
     assert [len(rows) for rows in reader.split(0)[0]] == [10, 10, 4]
+
+
+@pytest.mark.parametrize("holdout_images", [0, 1, 3, 40, 1000])
+def test_the_split_by_shards_is_the_split_of_the_whole(tmp_path, holdout_images):
+    """Against the definition on whole columns, with gaps and a shard of nothing else."""
+    rng = np.random.default_rng(holdout_images)
+    sizes = [50, 1, 20, 129]
+    rows = np.zeros(sum(sizes), INDEX_DTYPE)
+    rows["image_id"], rows["jpg_size"] = rng.integers(0, 2**62, len(rows)), rng.random(len(rows)) < 0.9
+    rows["jpg_size"][51:71] = 0
+    fabricate(tmp_path, sizes, rows)
+    train, held_out = ShardReader(tmp_path).split(holdout_images)
+
+    numbers = np.where(rows["jpg_size"] > 0, holdout_hash(rows["image_id"]), 2.0)
+    wanted = numbers < holdout_images / (rows["jpg_size"] > 0).sum()
+    wanted[numbers.argmin()] |= holdout_images > 0
+    wanted &= rows["jpg_size"] > 0
+    assert held_out.tolist() == np.flatnonzero(wanted).tolist()
+    assert len(held_out) >= min(1, holdout_images)
+    assert (
+        np.concatenate([shard.rows() for shard in train]).tolist()
+        == np.flatnonzero((rows["jpg_size"] > 0) & ~wanted).tolist()
+    )
+    assert [len(shard) for shard in train] == [
+        int((part > 0).sum()) for part in np.split(rows["jpg_size"] * ~wanted, np.cumsum(sizes)[:-1])
+    ]
+
+
+def fabricate(directory: Path, sizes: list[int], rows: np.ndarray) -> None:
+    """A manifest and index without shards."""
+    parts = np.split(rows, np.cumsum(sizes)[:-1])
+    shards = tuple(
+        ShardInfo(shard_name(i), len(part), int((part["jpg_size"] > 0).sum()), 0, 1, "0" * 64)
+        for i, part in enumerate(parts)
+    )
+    save_manifest(directory, Manifest("sa1b", shards))
+    (directory / INDEX_DIR).mkdir()
+    for column in INDEX_DTYPE.names or ():
+        np.save(directory / INDEX_DIR / f"{column}.npy", rows[column])
+
+
+@pytest.mark.slow
+def test_eleven_million_samples_open_in_little_memory(tmp_path):
+    """1000 shards as large as SA-1B's: what a rank and its worker add to their process. `bench.data open` times it."""
+    bench.data.fabricate(tmp_path)
+    command = [sys.executable, "-m", "bench.data", "--open", str(tmp_path)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=bench.data.ROOT).stdout
+    rank, worker = map(json.loads, output.splitlines())
+    assert rank["rss_mb"] < 200
+    assert worker["rss_mb"] < 200
+    assert worker["pickle_mb"] < 1, "row numbers one by one would be 90 MB"
 
 
 # -------------------------------------------------------------------------------------------------------- bad samples

@@ -1,0 +1,135 @@
+"""Exported weights load strictly in the other packages, and their predictors return our masks."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from segment_anything import SamPredictor
+from timm.models.vision_transformer_sam import VisionTransformerSAM
+from transformers import SamModel, SamProcessor
+
+from model.build import SIZES, build_sam
+from model.prompt_encoder import Prompts
+from model.weights import fit_sam
+from tests.model.support import difference, randomize
+from tests.model.test_sam import released_sam
+from trainer.export import export, main
+from trainer.stages import read_weights
+
+SIDE = 128
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A small SAM whose weights are in a file, as a run's would be."""
+    sam = randomize(build_sam("vit_tiny", SIDE)).eval()
+    torch.save(sam.state_dict(), tmp_path / "weights.pth")
+    return sam, tmp_path / "weights.pth"
+
+
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (96, SIDE, 3), dtype=np.uint8)
+
+
+@torch.no_grad()
+def our_answer(sam, image: np.ndarray, point: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (3, h, w) and predicted IoUs (3) for one point in an image whose long side fills the input."""
+    padded = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)
+    padded[0, :, : image.shape[0]] = torch.from_numpy(image).permute(2, 0, 1)
+    images = sam.normalize_images(padded, torch.tensor([image.shape[:2]]))
+    prompts = Prompts(
+        torch.tensor(point).view(1, 1, 1, 2),
+        torch.ones(1, 1, 1, dtype=torch.int64),
+        torch.zeros(1, 1, 4),
+        torch.zeros(1, 1, dtype=torch.bool),
+        torch.zeros(1, 1, SIDE // 4, SIDE // 4),
+        torch.zeros(1, 1, dtype=torch.bool),
+    )
+    output = sam(images, prompts)
+    return output.low_res_logits[0, 0, 1:], output.iou_predictions[0, 0, 1:]
+
+
+def test_segment_anything_predicts_our_masks(saved, tmp_path):
+    sam, file = saved
+    assert main([str(file), "--out", str(tmp_path / "sam.pth")]) == 0
+    peer = released_sam("vit_tiny", SIDE).eval()
+    peer.load_state_dict(torch.load(tmp_path / "sam.pth", weights_only=True), strict=True)
+    predictor, image = SamPredictor(peer), picture()
+    predictor.set_image(image)
+    masks, scores, logits = predictor.predict(np.array([[40.0, 30.0]]), np.array([1]))
+    ours, iou = our_answer(sam, image, (40.0, 30.0))
+    assert difference(torch.from_numpy(logits), ours) < 1e-4  # their resize of an image that needs none is exact
+    assert difference(torch.from_numpy(scores), iou) < 1e-4
+    assert difference(torch.from_numpy(logits), our_answer(sam, image, (48.0, 30.0))[0]) > 1e-3, "the test can fail"
+    assert masks.shape == (3, 96, SIDE)
+
+
+def test_huggingface_predicts_our_masks(saved, tmp_path):
+    sam, file = saved
+    out = tmp_path / "hf"
+    for _ in range(2):  # the second replaces the first
+        assert export(file, out, "huggingface") == len(sam.state_dict()) + 1
+    back = fit_sam(read_weights(out / "model.safetensors"), sam)
+    assert all(torch.equal(back[name], value) for name, value in sam.state_dict().items())
+    peer, info = SamModel.from_pretrained(out, attn_implementation="eager", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    processor, image = SamProcessor.from_pretrained(out), picture()
+    inputs = processor(image, input_points=[[[40.0, 30.0]]], input_labels=[[1]], return_tensors="pt")
+    with torch.no_grad():
+        found = peer.eval()(**inputs)
+    ours, iou = our_answer(sam, image, (40.0, 30.0))
+    # Their processor's positions and pixels are rounded otherwise than ours: fractions of 1e-3.
+    assert difference(found.pred_masks[0, 0], ours) < 5e-3
+    assert difference(found.iou_scores[0, 0], iou) < 5e-3
+    assert difference(found.pred_masks[0, 0], our_answer(sam, image, (80.0, 70.0))[0]) > 2e-2, "the test can fail"
+
+
+def test_timm_encodes_as_we_do(saved, tmp_path):
+    sam, file = saved
+    assert main([str(file), "--format", "timm", "--out", str(tmp_path / "timm.pth")]) == 0
+    size = SIZES["vit_tiny"]
+    peer = VisionTransformerSAM(
+        img_size=SIDE,
+        patch_size=16,
+        embed_dim=size.embed_dim,
+        depth=size.depth,
+        num_heads=size.num_heads,
+        num_classes=0,
+        use_abs_pos=True,
+        use_rel_pos=True,
+        window_size=size.window_size,
+        global_attn_indexes=size.global_attn_indexes,
+        neck_chans=size.prompt_dim,
+    ).eval()
+    peer.load_state_dict(torch.load(tmp_path / "timm.pth", weights_only=True), strict=True)
+    images = torch.randn(1, 3, SIDE, SIDE)
+    with torch.no_grad():
+        assert difference(sam.encode_images(images), peer.forward_features(images)) < 1e-5
+        assert difference(sam.encode_images(images.flip(-1)), peer.forward_features(images)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])
+def test_names_of_every_size_in_every_package(name):
+    from transformers import SamConfig
+
+    from model.weights import encoder_to_timm, sam_to_huggingface
+    from trainer.export import huggingface_settings
+
+    peer_name = {"vit_b": "base", "vit_l": "large", "vit_h": "huge"}[name]
+    with torch.device("meta"):
+        ours = build_sam(name).state_dict()
+        timm_keys = timm.create_model(f"samvit_{peer_name}_patch16", num_classes=0).state_dict()
+        renamed = sam_to_huggingface(ours)
+        hf_keys = SamModel(SamConfig(**huggingface_settings(renamed))).state_dict()
+    for found, wanted in ((encoder_to_timm(ours), timm_keys), (renamed, hf_keys)):
+        assert {key: value.shape for key, value in found.items()} == {key: v.shape for key, v in wanted.items()}
+
+
+def test_what_cannot_be_exported_is_refused(saved, tmp_path, capsys):
+    _, file = saved
+    assert main([str(file), "--format", "huggingface", "--out", str(file)]) == 2
+    assert "writes a directory" in capsys.readouterr().err
+    torch.save({"cls_token": torch.zeros(1)}, tmp_path / "mae.pth")
+    assert main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "x.pth")]) == 2
+    assert "no SAM weights" in capsys.readouterr().err

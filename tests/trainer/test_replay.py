@@ -1,0 +1,66 @@
+"""A step replayed against what the run wrote down while it trained."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.trainer.tiny import mae_arguments, sam_arguments, samples
+from trainer import replay, stages, train
+from trainer.config import load_config
+
+
+@pytest.fixture(scope="module")
+def run_dir(scenes, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "sam"
+    assert train.main(sam_arguments(scenes, path, "phases=[{name: all, steps: 3}]")) == 0
+    return path
+
+
+def replayed(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_the_samples_are_those_the_run_trained_on(run_dir, tmp_path, capsys):
+    assert replay.main([str(run_dir), "--step", "2", "--out", str(tmp_path)]) == 0
+    found = replayed(tmp_path)
+    trained = sorted((position, key) for step, position, key in samples(run_dir) if step == 1)  # there from 0
+    assert [(one["position"], one["key"]) for one in found] == trained
+    assert trained[0][1] in capsys.readouterr().out
+    assert trained != sorted((p, k) for step, p, k in samples(run_dir) if step == 2), "other steps have others"
+
+
+def test_the_prompts_are_those_of_the_loader_and_the_pictures_show_them(run_dir, tmp_path):
+    assert replay.main([str(run_dir), "--step", "1", "--out", str(tmp_path), "--num-images", "2"]) == 0
+    config = load_config(run_dir / "config.yaml")
+    batch = stages.build_pipeline(config).dataset[[0, 1]]
+    for i, one in enumerate(replayed(tmp_path)):
+        valid = torch.nonzero(batch.mask_valid[i]).flatten().tolist()
+        assert len(one["masks"]) == len(valid)
+        for m, mask in zip(valid, one["masks"], strict=True):
+            np.testing.assert_allclose(mask["points"], batch.point_coords[i, m])
+            assert mask["labels"] == batch.point_labels[i, m].tolist()
+        image = Image.open(tmp_path / f"{i:012d}.png")
+        assert image.size[0] == (1 + len(valid)) * (192 + 4) - 4
+
+
+def test_stage_one_shows_input_and_what_is_hidden(scenes, tmp_path):
+    run = tmp_path / "mae"
+    assert train.main(mae_arguments(scenes, run, "phases=[{name: pretrain, steps: 1}]")) == 0
+    assert replay.main([str(run), "--step", "1"]) == 0
+    image = np.asarray(Image.open(run / "replay" / "step_00000001" / f"{0:012d}.png"))
+    assert image.shape == (64, 132, 3)
+    assert (image[:, 68:] == 127).all(axis=-1).mean() == pytest.approx(0.75, abs=0.01)
+
+
+def test_other_data_are_refused(run_dir, tmp_path, scenes, capsys):
+    """Replaying other shards than the run's would show samples that it never saw."""
+    config = (run_dir / "config.yaml").read_text()
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "config.yaml").write_text(config.replace(str(scenes["train"]), str(scenes["eval"])))
+    assert replay.main([str(other), "--step", "1"]) == 2
+    assert "another run" in capsys.readouterr().err
+    assert replay.main([str(run_dir), "--step", "0"]) == 2
