@@ -228,10 +228,10 @@ def simulate(config: Config, images: int = 1, masks: int = 1) -> Simulation:
                 prompts = first = task.first_prompts(output, batch)
                 content = content_mask(batch, batch.masks.shape[-1])
                 if rounds > 1:
-                    answer = task.round(output, first, batch).answer
+                    answer = task.round(output, first, batch, 0).answer
                     prompts = task.add_click(first, answer, content, batch, 0)
                 with stretch(watch) as decoding:
-                    scores = task._checkpointed_round(output, prompts, batch)
+                    scores = task._checkpointed_round(output, prompts, batch, 1 if rounds > 1 else 0)
                     loss = scores.loss.sum()
                     if rounds > 1:
                         prompts = task.add_click(prompts, scores.answer, content, batch, 1 % (rounds - 1))
