@@ -169,6 +169,8 @@ def fake_batch(config: Config, images: int, masks: int, device: str = "cpu") -> 
         click_uniforms=empty(images, masks, later),
         gets_click=empty(images, later, dtype=torch.bool),
         drop_path_uniforms=empty(images, encoder_depth(config), 2),
+        num_mask_prompts=masks,  # at worst all of them
+        image_embeddings=empty(images, 0, 0, 0, dtype=torch.float16),
     )
 
 
