@@ -71,6 +71,8 @@ class Guard:
         self.healthy_until: int | None = None  # after a rollback was asked for: step before which none was skipped
         self._previous: dict[int, Any] = {}
         self._watchdog: Watchdog | None = None
+        self._pending: deque[Pending] = deque()
+        self._lag = 0  # steps between a step and its judgement
 
     def __enter__(self) -> "Guard":
         for number in STOP_SIGNALS:
@@ -98,7 +100,7 @@ class Guard:
     def begin(self) -> None:
         """A new stretch of training: what was pending belongs to the one before."""
         self.healthy_until = None
-        self._pending: deque[Pending] = deque()
+        self._pending.clear()
         self._skipped: deque[int] = deque()
         self._in_a_row = 0
         self._spikes = SpikeDetector(self.settings.spike_deviations)

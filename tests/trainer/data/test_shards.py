@@ -184,7 +184,7 @@ class Broken(Batch):
 def test_all_ranks_count_and_what_is_quarantined_does_not(monkeypatch):
     monkeypatch.setattr("trainer.loop.sum_on_host", TwiceTheHost())
     batches = [Broken("a: torn", "b: quarantined: torn"), Broken("c: torn")]
-    assert agree(batches, Guard(), single_process("cpu")) == (4.0, 8.0, 4, False)
+    assert agree(batches, Guard(), single_process("cpu")) == (4.0, 8.0, 4, None)
     budget = BadSamples(8, "DIR")
     budget.count(4, batches)
     budget.count(4, batches)
