@@ -226,9 +226,7 @@ def sam_from_huggingface(weights: Weights) -> Weights:
     """transformers' SamModel state dict in our names (= segment_anything's)."""
     renamed: Weights = {}
     for key, value in weights.items():
-        if key == HF_GAUSSIANS[1]:
-            continue  # the same matrix under its second name
-        if key == HF_GAUSSIANS[0]:
+        if key in HF_GAUSSIANS:  # one matrix under two names, of which a file may hold either
             renamed[GAUSSIAN] = value
         elif ".neck." in key or "mask_embed" in key:
             renamed[rename(key, ours=1, theirs=0)] = value  # their layer_norm1 is no norm1 here

@@ -33,7 +33,8 @@ def embed(config: SamConfig, out: Path) -> int:
     """Write the embeddings of all training images to `out`; returns how many were computed now."""
     world = single_process()
     reader = open_shards(config.data.shards, config.data.remote)
-    rows = np.concatenate(reader.split(config.data.holdout_images)[0])
+    trained, _ = reader.split(config.data.holdout_images)
+    rows = np.concatenate([shard.rows() for shard in trained])
     sam = build_sam_task(config, ("image_encoder",), initial_weights=True, check_embeddings=False).sam
     made_of = {
         "encoder": encoder_hash(sam.image_encoder),

@@ -27,14 +27,14 @@ def test_training_on_embeddings_is_training_on_images(scenes, tmp_path):
     assert embed.main(arguments) == 0
     assert train.main(arguments) == 0
     wanted, found = losses(tmp_path / "images"), losses(tmp_path / "cached")
-    # Embeddings are rounded to float16, 5e-4 of each value.
-    assert found == pytest.approx(wanted, rel=1e-3)
+    # Embeddings are rounded to float16, 5e-4 of each value at random: of the loss little is left, 2e-5 seen.
+    assert found == pytest.approx(wanted, rel=1e-4)
     store = np.lib.format.open_memmap(tmp_path / "store" / "embeddings.npy", mode="r+")
     store[:] = store[::-1].copy()
     config = load_config(Path(arguments[0]), arguments[1:])
     task = build_task(config, ("image_encoder",), initial_weights=True).train()
     loss, _ = task(build_pipeline(config).dataset[[0, 1, 2]].counted(3, 9))
-    assert loss.item() != pytest.approx(wanted[1], rel=1e-3), "the test can fail: another image's embedding"
+    assert loss.item() != pytest.approx(wanted[1], rel=1e-4), "the test can fail: another image's embedding"
 
     assert embed.main(arguments) == 0
     assert "0 images" not in json.dumps(losses(tmp_path / "cached"))
