@@ -77,9 +77,10 @@ def test_torchrun_on_two_nodes(scenes, alone, tmp_path):
 def test_deepspeed_launcher(scenes, alone, tmp_path, place):
     """With --hostfile it would go through ssh; a file that names this machine alone needs none."""
     (tmp_path / "hostfile").write_text("localhost slots=2\n")
-    where = {"num_gpus": ["--num_gpus", "2"], "hostfile": ["--hostfile", str(tmp_path / "hostfile"), "--no_ssh_check"]}[
-        place
-    ]
+    where = {
+        "num_gpus": ["--num_gpus", "2"],
+        "hostfile": ["--hostfile", str(tmp_path / "hostfile"), "--no_ssh_check", "--master_addr=127.0.0.1"],
+    }[place]
     command = [str(BIN / "deepspeed"), *where, "--master_port", str(free_port()), "--module", "trainer.train"]
     arguments = sam_arguments(scenes, tmp_path / "run", "engine.kind=deepspeed")
     # The launcher looks for python and for itself on the PATH.

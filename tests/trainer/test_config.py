@@ -104,7 +104,10 @@ def test_wrong_type_or_range(good, override, place):
         (["engine.kind=deepspeed", "engine.zero_stage=0", "engine.offload_optimizer=true"], "offload_optimizer needs"),
         (["engine.precision=deepspeed_fp16"], "precision=deepspeed_fp16 needs kind=deepspeed and zero_stage 1, 2 or 3"),
         (["engine.kind=deepspeed", "engine.zero_stage=0", "engine.precision=deepspeed_fp16"], "deepspeed_fp16 needs"),
-        (["engine.precision=bf16", "engine.reduce_dtype=fp16"], "reduce_dtype=fp16 needs the loss scale of fp16: with precision=bf16"),
+        (
+            ["engine.precision=bf16", "engine.reduce_dtype=fp16"],
+            "reduce_dtype=fp16 needs the loss scale of fp16: with precision=bf16",
+        ),
         (["engine.kind=deepspeed", "engine.zero_stage=3", "engine.compile=true"], "compile does not work with zero_st"),
         (
             ["optim.ema_decay=0.9", "engine.kind=deepspeed", "engine.precision=deepspeed_fp16"],
