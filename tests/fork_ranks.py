@@ -17,6 +17,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from tests.launch_ranks import free_port, rank_environment
 from trainer import train
 
@@ -109,6 +111,8 @@ def _fork(
         if num_ranks == 1:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
                 del os.environ[name]
+        # PyTorch makes its pool of threads anew after a fork; here, before autograd's threads race for it and one finds none.
+        torch.set_num_threads(1)
         if patch:
             patch(rank)
         code = train.main(arguments)
