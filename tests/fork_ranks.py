@@ -111,7 +111,7 @@ def _fork(
         if num_ranks == 1:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
                 del os.environ[name]
-        # PyTorch makes its pool of threads anew after a fork; here, before autograd's threads race for it and one finds none.
+        # The pool of threads is made anew after a fork: here, before autograd's threads race for it and one finds none.
         torch.set_num_threads(1)
         if patch:
             patch(rank)
