@@ -93,12 +93,13 @@ srun --kill-on-bad-exit=0 --wait=60 --open-mode=append --output="$LOGS/rank%4t.l
 code=$?
 say "srun ended with exit code $code"
 
-# 4. 75: saved and stopped by a signal. 2: settings or data. Everything else is a crash: of a node, of the network, of
+# 4. Exit codes: docs/checkpoints.md. 75: saved and stopped by a signal. 2: settings or data, 70: it does not learn, 71: out
+# of memory; another start would end the same. Everything else is a crash: of a node, of the network, of
 # the program. Slurm takes minutes to see that a node is dead (SlurmdTimeout, often 300 s) and would then queue the job
 # again by itself; but srun is back before that, and this job must not end as failed. A crash that repeats is the
 # guard's business.
 case $code in
-    0 | 2) exit "$code" ;;
+    0 | 2 | 70 | 71) exit "$code" ;;
     75) queue_again "stopped by a signal, saved" ;;
     *) queue_again "exit code $code; from the newest checkpoint" ;;
 esac
