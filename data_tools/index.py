@@ -306,7 +306,11 @@ def main(arguments: list[str] | None = None) -> int:
 def judge_bad(directory: Path, num_bad: int, allowed: int) -> int:
     """Exit status for a number of bad samples, with a line that says where they are listed."""
     if num_bad:
-        print(f"{num_bad} bad samples left out, see {directory / 'report.txt'}", file=sys.stderr)
+        print(
+            f"{num_bad} bad samples left out, see {directory / 'report.txt'}; to take mended ones in, delete the "
+            ".info.json of their shard and run the same command again",
+            file=sys.stderr,
+        )
     if num_bad > allowed:
         print(f"more than --allow-bad {allowed}: everything is written, but look at them", file=sys.stderr)
         return 1

@@ -10,6 +10,7 @@ Sources: "doc" is the user's document, "SAM" Kirillov et al. 2023 (App. A), "MAE
 import copy
 import difflib
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -483,8 +484,8 @@ def _explain(items: list[Any], root: type[Section], aside: set[tuple[int | str, 
     """One line a problem: dotted path, what is wrong, the nearest valid name for an unknown key."""
     lines = []
     for item in items:
-        if any(path[: len(item["loc"])] == item["loc"] for path in aside if item["loc"]):
-            continue  # a consequence of what was set aside
+        if any(_follows(item, path) for path in aside):
+            continue
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             valid = _field_names(root, item["loc"][:-1])
@@ -498,6 +499,19 @@ def _explain(items: list[Any], root: type[Section], aside: set[tuple[int | str, 
             shown = "" if isinstance(item["input"], dict) or not path else f" (is {item['input']!r})"
             lines.append(f"{path + ': ' if path else ''}{message}{shown}")
     return lines
+
+
+def _in_order(path: tuple[int | str, ...]) -> list[tuple[str, int | str]]:
+    """Sorts paths of mixed parts, numbers as numbers."""
+    return [(type(part).__name__, part) for part in path]
+
+
+def _follows(item: Any, aside: tuple[int | str, ...]) -> bool:
+    """Whether an error is a consequence of what was set aside: about just that, or about its section and naming it."""
+    location = item["loc"]
+    if not location or aside[: len(location)] != location:
+        return False
+    return len(aside) == len(location) or str(aside[len(location)]) in item["msg"]
 
 
 def _field_names(root: type[Section], path: tuple[int | str, ...]) -> list[str]:
@@ -527,7 +541,7 @@ def _validate(tree: dict[str, Any], root: type[MaeConfig | SamConfig]) -> tuple[
             problems += [line for line in _explain(items, root, aside) if line not in problems]
             found = {item["loc"] for item in items if item["type"] != "missing" and item["loc"]} - aside
         aside |= found
-        changed = [_set_aside(tree, path) for path in sorted(found, key=str, reverse=True)]
+        changed = [_set_aside(tree, path) for path in sorted(found, key=_in_order, reverse=True)]
         if not any(changed):
             return None, problems
 
@@ -548,9 +562,13 @@ def _set_aside(tree: Any, path: tuple[int | str, ...]) -> bool:
             tree = tree[part]
         else:
             return False
-    stand_in = STAND_INS.get(str(path[0])) if len(path) == 1 or isinstance(last, int) else None
+    whole_section = len(path) == 1 or (len(path) == 2 and isinstance(last, int))  # `schedule`, `phases.0`
+    stand_in = STAND_INS.get(str(path[0])) if whole_section else None
     if stand_in is not None and isinstance(tree, dict | list):
         tree[last] = dict(stand_in)
+        return True
+    if isinstance(tree, list) and isinstance(last, int) and last < len(tree):
+        del tree[last]  # paths come in descending order, so those still to come stay right
         return True
     return isinstance(tree, dict) and tree.pop(last, tree) is not tree
 
@@ -582,4 +600,17 @@ def _missing_paths(tree: dict[str, Any]) -> list[str]:
                 f"{section}.{key}: {path} holds no manifest.json; pack the data with `python -m data_tools.pack`, or "
                 f"index shards that exist with `python -m data_tools.index {path}`"
             )
-    return problems
+    return [*problems, *_run_dir_problems(tree.get("run_dir"))]
+
+
+def _run_dir_problems(run_dir: Any) -> list[str]:
+    """Why the run directory can be neither used nor made."""
+    if not isinstance(run_dir, str):
+        return []
+    path = Path(run_dir)
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        return [f"run_dir: {run_dir} cannot be a directory: {nearest} is a file"]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return [f"run_dir: {run_dir} cannot be written: no permission in {nearest}"]
+    return []

@@ -10,6 +10,7 @@ processes over gloo.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     prepare(
         out,
-        {"data": str(options.data.resolve()) if options.data else None, "seed": options.seed, "quick": options.quick},
+        {"data": listing(options.data), "seed": options.seed, "quick": options.quick},
     )
     started = time.monotonic()
     try:
@@ -57,6 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.data or options.quick:
         return 0
     return judge(trained)
+
+
+def listing(data: Path | None) -> list[object] | None:
+    """What a folder is and holds, so that one with other files starts anew."""
+    if data is None:
+        return None
+    files = sorted((path.name, path.stat().st_size) for path in data.iterdir())
+    return [str(data.resolve()), hashlib.sha256(json.dumps(files).encode()).hexdigest()]
 
 
 def prepare(out: Path, settings: dict[str, object]) -> None:

@@ -89,7 +89,7 @@ def run_guarded(config: Config, world: World, guard: Guard) -> int:
     try:
         return EXIT_DONE if run(config, world, guard) else EXIT_STOPPED
     except ValueError as error:
-        print(f"rank {world.rank}: {error}", file=sys.stderr)
+        print(f"rank {world.rank}: {message_of(error)}", file=sys.stderr)
         return EXIT_WRONG
     except GaveUp as error:
         print(f"rank {world.rank}: {error}", file=sys.stderr)
@@ -102,6 +102,14 @@ def run_guarded(config: Config, world: World, guard: Guard) -> int:
     except torch.OutOfMemoryError as error:
         print(f"rank {world.rank}: {explain_out_of_memory(config, world, error)}", file=sys.stderr)
         return EXIT_OUT_OF_MEMORY
+
+
+def message_of(error: ValueError) -> str:
+    """What went wrong in a line; of an error in a loader's worker without the worker's traceback around it."""
+    text = str(error).strip()
+    if "Original Traceback" not in text:
+        return text
+    return text.splitlines()[-1].split(": ", 1)[-1]
 
 
 def run(config: Config, world: World, guard: Guard) -> bool:

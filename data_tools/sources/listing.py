@@ -79,7 +79,7 @@ def list_source(path: Path, layout: Layout, scratch: Path) -> Source:
     files = sorted(walk, key=lambda file: file[0])
     entries = _pair_sa1b(files) if layout == "sa1b" else _name_images(files)
     if not entries:
-        wanted = "sa_N.jpg with sa_N.json" if layout == "sa1b" else "an image"
+        wanted = "sa_N.jpg with sa_N.json" if layout == "sa1b" else "image"
         hint = f"; give its subfolders one by one: {path}/*" if path.is_dir() and _has_folders(path) else ""
         raise ValueError(f"{path} holds no {wanted}{hint}")
     return Source(path, tuple(entries), sum(size for _, _, size in files), plain if plain != path else None)

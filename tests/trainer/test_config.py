@@ -141,6 +141,17 @@ def test_all_problems_come_at_once(good):
         assert sum(line.startswith(start) for line in lines) == 1, shown
 
 
+def test_a_phase_with_a_bad_item_still_shows_its_contradiction(good):
+    shown = problems([*good, "phases=[{name: a, steps: 1, epochs: 3, frozen: [image_encodr]}, {name: b, steps: 1}]"])
+    assert "phases.0.frozen.0: " in shown
+    assert "phases.0: give exactly one of steps and epochs" in shown
+
+
+def test_a_run_directory_that_cannot_be(good, tmp_path):
+    (tmp_path / "file").touch()
+    assert f"run_dir: {tmp_path}/file/run cannot be a directory" in problems([*good, f"run_dir={tmp_path}/file/run"])
+
+
 def test_paths_and_combinations_come_with_the_rest(good, tmp_path):
     shown = problems([*good, "optim.lrr=1", f"data.shards={tmp_path}/no", "loss.focal=0", "loss.dice=0"])
     assert "optim.lrr" in shown

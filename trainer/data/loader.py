@@ -7,6 +7,7 @@ from multiprocessing import forkserver
 
 from torch.utils.data import DataLoader, Dataset
 
+from data_tools.pool import end_with_parent
 from trainer.config import Config
 from trainer.data.batches import Batch
 from trainer.data.order import StepSampler
@@ -45,7 +46,7 @@ def build_batches(
         prefetch_factor=config.data.prefetch if workers else None,
         pin_memory=world.device.type == "cuda",
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_ignore_stop_signals,
+        worker_init_fn=_live_as_long_as_the_rank,
     )
     before = set(multiprocessing.active_children())
     iterator = iter(loader)
@@ -73,7 +74,10 @@ def _start_fork_server() -> None:
         signal.signal(number, handler)
 
 
-def _ignore_stop_signals(worker: int) -> None:
-    """The fork server restores default handlers in its children, so each worker says it once more."""
+def _live_as_long_as_the_rank(worker: int) -> None:
+    """No shorter: the fork server restores default handlers in its children, so each worker ignores signals once more.
+    No longer: torch's workers watch their parent, which is the fork server and waits for them when the rank was killed.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()

@@ -103,10 +103,12 @@ class ShardReader:
 
     def _file(self, shard: int) -> int:
         """File descriptor of a shard, its size checked on opening."""
+        info, path = self.manifest.shards[shard], self._path(shard)
         if shard in self._files:
             self._files.move_to_end(shard)
+            if not self.cache and os.fstat(self._files[shard]).st_nlink == 0:
+                raise ShardError(f"{path} was deleted while in use; {self._repair_hint()}")
             return self._files[shard]
-        info, path = self.manifest.shards[shard], self._path(shard)
         if self.cache:
             self._close_evicted()
         try:

@@ -43,6 +43,14 @@ def copied(scenes, tmp_path):
     return tmp_path / "shards"
 
 
+def test_a_shard_deleted_in_use_is_an_error_though_its_file_is_still_open(copied):
+    reader = ShardReader(copied)
+    reader.read(0)
+    (copied / "shard-000000.tar").unlink()
+    with pytest.raises(ShardError, match=r"shard-000000.tar was deleted while in use; .*--repair"):
+        reader.read(1)
+
+
 def test_every_sample_is_where_the_index_says(scenes):
     reader = ShardReader(scenes["train"])
     keys = set()
