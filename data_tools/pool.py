@@ -28,7 +28,7 @@ def run_in_pool(
             yield task, work(task)
         return
     # Spawned, not forked: a worker starts from nothing, whatever threads this process runs (tqdm has one).
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     try:
         pending: dict[Future[Result], Task] = {}
         for task in tasks:
@@ -49,7 +49,7 @@ def _finished(pending: dict[Future[Result], Task]) -> Iterator[tuple[Task, Resul
         yield pending.pop(future), future.result()
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever: watch the parent and go when it goes."""
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,13 +1,15 @@
 """Micro-batches of one rank, decoded in worker processes that no stop signal kills."""
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Generator
 from multiprocessing import forkserver
+from multiprocessing.connection import wait as wait_for_handles
 
 from torch.utils.data import DataLoader, Dataset
 
-from data_tools.pool import end_with_parent
 from trainer.config import Config
 from trainer.data.batches import Batch
 from trainer.data.order import StepSampler
@@ -80,4 +82,12 @@ def _live_as_long_as_the_rank(worker: int) -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    end_with_parent()
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    threading.Thread(target=_end_with, args=(rank.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """Wait until the process behind `sentinel` is gone, and go."""
+    wait_for_handles([sentinel])
+    os._exit(1)
