@@ -143,11 +143,11 @@ def mean(values: Iterable[float]) -> float:
 @torch.no_grad()
 def evaluation_pictures(
     engine: Engine, reader: ShardReader, rows: np.ndarray, config: SamConfig, world: World
-) -> tuple[np.ndarray, np.ndarray]:
-    """The largest mask of the first images, in two sheets. All ranks call.
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The largest mask of the first images: one sheet of all, and one for each image. All ranks call.
 
-    The first has a row an image: truth, answer to a box, to one click, to most clicks. The second has a row a round
-    and image: the prompts, the three hypotheses with their predicted IoU, the answer, its error.
+    The first has a row an image: truth, answer to a box, to one click, to most clicks. An image's own has a row a
+    round: the prompts, the three hypotheses with their predicted IoU, the answer, its error.
     """
     engine.task.eval()
     shown = rows[:PICTURE_IMAGES]
@@ -160,8 +160,8 @@ def evaluation_pictures(
             truth = rle.to_bitmap(batch.truths[i][0]).astype(bool)
             box = rle.box(batch.truths[i][0])
             answers.append(answer_row(image, truth, box, score, max(config.evaluate.clicks)))
-            rounds += round_rows(image, truth, box, score)
-    return grid(answers), grid(rounds)
+            rounds.append(grid(round_rows(image, truth, box, score)))
+    return grid(answers), rounds
 
 
 def largest_masks(batch: EvalBatch) -> EvalBatch:
@@ -190,7 +190,8 @@ def evaluate_and_log(
     logger.scalars(step, {scalar_name(name): value for name, value in summary.items() if "num_masks" not in name})
     answers, rounds = evaluation_pictures(engine, reader, rows, config, world)
     logger.picture(step, "eval/masks", answers)
-    logger.picture(step, "eval/rounds", rounds)
+    for number, sheet in enumerate(rounds, 1):
+        logger.picture(step, f"eval/rounds_{number}", sheet)
     shown = "  ".join(f"{name} {value:.3f}" for name, value in summary.items() if is_miou(name))
     logger.say(f"step {step}: mIoU over {summary['num_masks']:.0f} masks: {shown}")
     return summary["miou"]

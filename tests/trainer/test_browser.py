@@ -139,7 +139,7 @@ def test_the_curves_are_drawn(page):
     keep(browser, "tensorboard_scalars.png")
 
 
-@pytest.mark.parametrize("tag, name", [("eval/masks", "masks"), ("eval/rounds", "rounds")])
+@pytest.mark.parametrize("tag, name", [("eval/masks", "masks"), ("eval/rounds_1", "rounds")])
 def test_the_pictures_are_shown(page, tag, name):
     browser, address = page
     open_filtered(browser, address, tag)

@@ -66,7 +66,7 @@ def test_tensorboard_has_every_group(events):
 
 
 def test_pictures_and_texts_are_there(events):
-    assert {"eval/masks", "eval/rounds"} <= set(events.Tags()["images"])
+    assert {"eval/masks", "eval/rounds_1", "eval/rounds_2"} <= set(events.Tags()["images"])
     texts = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     assert "global_size: 3" in texts["config/text_summary"]
     assert "torch: " in texts["environment/text_summary"]
