@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from data_tools import rle
+from data_tools.sample_format import Record
 from trainer.config import SamConfig
 from trainer.data.images import SampleError, decode_jpeg
-from trainer.data.sam_data import decode_placed, place
+from trainer.data.sam_data import Placement, decode_placed, place
 from trainer.data.shards import ShardReader, open_shards
 from trainer.diagnostics import CLICK_RANKS, OBJECTS_PER_IMAGE, DiagnosticBatch, choose_objects, click_inside
 from trainer.interactive import EvalBatch
@@ -49,10 +50,7 @@ def evaluation_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig, k
     keys = [""] * len(images)
     for i, row in enumerate(rows):
         try:
-            raw = reader.read(int(row))
-            record = raw.record
-            placement = place(record.height, record.width, size, 1.0, (0.0, 0.0), False)
-            content = decode_placed(raw.jpeg, record.height, record.width, placement)
+            record, placement, content = read_whole(reader, int(row), size)
         except SampleError as error:
             print(f"{reader.name_of(int(row))} is not evaluated: {error}", flush=True)
             continue
@@ -76,6 +74,14 @@ def evaluation_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig, k
     )
 
 
+def read_whole(reader: ShardReader, row: int, size: int) -> tuple[Record, Placement, np.ndarray]:
+    """A sample as SAM sees it without augmentation: its long side `size` pixels. `SampleError` if it is broken."""
+    raw = reader.read(row)
+    record = raw.record
+    placement = place(record.height, record.width, size, 1.0, (0.0, 0.0), False)
+    return record, placement, decode_placed(raw.jpeg, record.height, record.width, placement)
+
+
 def original_image(reader: ShardReader, row: int) -> np.ndarray:
     """The image as stored, (Y, X, 3) uint8, for pictures."""
     raw = reader.read(int(row))
@@ -93,10 +99,7 @@ def diagnostic_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig) -
     clicks = np.zeros((num_images, OBJECTS_PER_IMAGE, len(CLICK_RANKS), 2), np.float32)
     for i, row in enumerate(rows):
         try:
-            raw = reader.read(int(row))
-            record = raw.record
-            placement = place(record.height, record.width, size, 1.0, (0.0, 0.0), False)
-            content = decode_placed(raw.jpeg, record.height, record.width, placement)
+            record, placement, content = read_whole(reader, int(row), size)
         except SampleError as error:
             print(f"{reader.name_of(int(row))} is left out of the diagnostics: {error}", flush=True)
             continue

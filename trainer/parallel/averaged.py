@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from trainer.parallel.engine import Engine
 from trainer.parallel.groups import ParamGroup
+from trainer.parallel.initial import local_part
 
 PREFIX = "ema."
 
@@ -41,7 +41,7 @@ class AveragedEngine:
         """Forward pass, see `Engine`; on the average while the task is in evaluation mode."""
         if self.engine.task.training:
             return self.engine(batch)
-        weights = {name: _local(value).clone() for name, value in self._live.items()}
+        weights = {name: local_part(value).clone() for name, value in self._live.items()}
         self._show(self._average)
         try:
             return self.engine(batch)
@@ -52,8 +52,8 @@ class AveragedEngine:
     def step(self) -> Tensor:
         """Optimizer step, see `Engine`; then the average follows, after a skipped step too."""
         norm = self.engine.step()
-        average = [_local(value) for value in self._average.values()]
-        torch._foreach_lerp_(average, [_local(value).float() for value in self._live.values()], 1.0 - self.decay)
+        average = [local_part(value) for value in self._average.values()]
+        torch._foreach_lerp_(average, [local_part(value).float() for value in self._live.values()], 1.0 - self.decay)
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -81,8 +81,4 @@ class AveragedEngine:
             if isinstance(module, FSDPModule):
                 module.reshard()
         for name, live in self._live.items():
-            _local(live).copy_(_local(values[name]))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local_part(live).copy_(local_part(values[name]))

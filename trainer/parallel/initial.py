@@ -73,11 +73,16 @@ def check_filled(task: nn.Module) -> None:
     """ValueError with every tensor that still has a NaN: nobody initialised it."""
     forgotten = []
     for name, tensor in _tensors(task):
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = local_part(tensor)
         if local.is_floating_point() and bool(local.isnan().any()):
             forgotten.append(name)
     if forgotten:
         raise ValueError(f"never initialised: {', '.join(forgotten)}")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _tensors(task: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.config import Run
 from trainer.distributed import World, ensure_process_group
 from trainer.parallel.groups import ParamGroup
-from trainer.parallel.initial import fill_from_rank_0, hand_out, take_whole
+from trainer.parallel.initial import fill_from_rank_0, hand_out, local_part, take_whole
 from trainer.parallel.precision import LossScale, autocast, dtype_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -85,7 +85,7 @@ class TorchEngine:
     @torch.no_grad()
     def step(self) -> Tensor:
         """Optimizer step, see `Engine`. No host-device sync."""
-        grads = [_local(parameter.grad) for parameter in self._grads_present()]
+        grads = [local_part(parameter.grad) for parameter in self._grads_present()]
         norm = _whole(torch.nn.utils.get_total_norm([p.grad for p in self._trained.values()])) / self._scale.scale
         factor = 1.0 / self._scale.scale
         if self.grad_clip is not None:
@@ -255,10 +255,6 @@ class HsdpEngine(Fsdp2Engine):
         # Ranks of a node have consecutive numbers, so a row of the mesh lies inside one.
         shape = (self.world.size // size, size)
         return init_device_mesh(self.world.device.type, shape, mesh_dim_names=("replicate", "shard"))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:
