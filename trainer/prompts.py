@@ -7,8 +7,11 @@ Letters: B images, M masks, P point slots, h w logits. Coordinates are x y in in
 takes them: an integer is the centre of a pixel. Sources: "doc" the user's document, "SAM" its App. A.
 """
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import accumulate
 from statistics import NormalDist
 
 import numpy as np
@@ -55,8 +58,7 @@ def first_prompt(
     """
     types, counts = settings.types, settings.num_points
     type_draw, count_draw, share_draw, *point_draws = draws[: 3 + len(counts)]
-    edges = np.cumsum([types.point, types.box, types.mask, types.none])
-    chosen = PromptType(min(int(np.searchsorted(edges, type_draw, side="right")), 3))
+    chosen = PromptType(pick(type_draw, (types.point, types.box, types.mask, types.none)))
     coords = np.zeros((len(counts), 2), np.float32)
     labels = np.full(len(counts), NO_POINT, np.int64)
     box = np.zeros(4, np.float32)
@@ -65,13 +67,18 @@ def first_prompt(
     elif chosen != PromptType.NONE:
         count = 1
         if chosen == PromptType.POINT:
-            count = 1 + min(int(np.searchsorted(np.cumsum(counts), count_draw, side="right")), len(counts) - 1)
+            count = 1 + pick(count_draw, counts)
         num_foreground = 1 + int(share_draw * count) if settings.random_background else count
         for i in range(count):
             pixel = None if i < num_foreground else rle.sample_background(mask, point_draws[i], window)
             labels[i] = FOREGROUND if pixel is None else BACKGROUND
             coords[i] = to_input(pixel or rle.sample_foreground(mask, point_draws[i], window), transform)
     return FirstPrompt(chosen, coords, labels, box)
+
+
+def pick(draw: float, shares: Sequence[float]) -> int:
+    """Number of the share that `draw`, in [0, 1), falls into; the shares add up to 1."""
+    return min(bisect_right(list(accumulate(shares)), draw), len(shares) - 1)
 
 
 def to_input(pixel: tuple[int, int] | None, transform: rle.AxisTransform) -> tuple[float, float]:
