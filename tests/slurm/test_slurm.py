@@ -121,7 +121,8 @@ class Run:
     def __init__(self, cluster: Cluster, packed: dict[str, Path], name: str, *overrides: str) -> None:
         self.directory = cluster.project / "runs" / name
         self.config = cluster.project / f"{name}.yaml"
-        arguments = sam_arguments(packed, self.directory, "phases=[{name: all, steps: 1}]", *overrides)
+        changes = "resume.allow_change=[phases.0.steps]"
+        arguments = sam_arguments(packed, self.directory, "phases=[{name: all, steps: 1}]", changes, *overrides)
         tree = load_config(Path(arguments[0]), arguments[1:]).model_dump(mode="json")
         self.config.write_text(yaml.safe_dump(tree))
         self.set_steps(LONG)
@@ -256,7 +257,7 @@ def test_preempted_then_a_node_dies_then_the_time_limit(cluster, packed):
     cluster.wait(job, "steps after the node's death", lambda: run.last_step() >= saved + 25)
     restarts = int(cluster.show(job)["Restarts"])
     minutes, seconds = map(int, cluster.show(job)["RunTime"].split(":")[-2:])
-    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + (seconds > 0) + 2}")
+    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + (seconds > 0) + 1}")
     cluster.wait(job, "time limit", lambda: cluster.state(job) == "PENDING")
     saved = run.saved_step()
     run.set_steps(saved + 5)

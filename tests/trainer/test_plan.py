@@ -18,7 +18,6 @@ from trainer.plan.simulate import Watch, simulate
 
 CONFIGS = Path(__file__).parents[2] / "launch/configs"
 A100 = GPUS["a100-80gb"]
-PAPER = ("prompts.rounds=11", "prompts.rounds_without_click=2")  # SAM, App. A
 
 
 def config_of(name: str, *overrides: str) -> Config:
@@ -30,7 +29,7 @@ def config_of(name: str, *overrides: str) -> Config:
 
 @pytest.fixture(scope="module")
 def published():
-    return count_work(config_of("sam_vith", *PAPER))
+    return count_work(config_of("sam_vith_paper"))
 
 
 def test_flops_are_those_of_the_architecture(published):
@@ -41,7 +40,7 @@ def test_flops_are_those_of_the_architecture(published):
 
 
 def test_the_published_run_took_68_hours_at_3_percent_of_peak(published):
-    config = config_of("sam_vith", *PAPER)
+    config = config_of("sam_vith_paper")
     step = timing.step_time(published, 256, 256, A100, step_seconds=2.72)
     assert step.utilisation == pytest.approx(0.030, abs=0.0005)
     assert timing.length(config, step, 256, A100, num_steps=90_000).hours == pytest.approx(68.0, abs=0.05)
@@ -60,12 +59,12 @@ def test_95_epochs_in_90_hours_are_impossible_and_it_says_why():
 
 
 def test_the_command_answers_both(capsys):
-    arguments = [str(CONFIGS / "sam_vith.yaml"), "--gpus", "256", "--gpu", "a100-80gb", "--no-memory"]
-    assert main([*arguments, *PAPER, "--step-seconds", "2.72", "--steps", "90000"]) == 0
+    cluster = ["--gpus", "256", "--gpu", "a100-80gb", "--no-memory"]
+    assert main([str(CONFIGS / "sam_vith_paper.yaml"), *cluster, "--step-seconds", "2.72"]) == 0
     shown = capsys.readouterr().out
     assert "3.0% of peak" in shown
     assert "68.0 h = 17,408 GPU-hours" in shown
-    assert main([*arguments, "--mfu", "0.4", "--in-hours", "90"]) == 1
+    assert main([str(CONFIGS / "sam_vith.yaml"), *cluster, "--mfu", "0.4", "--in-hours", "90"]) == 1
     assert "impossible. 4150075 steps in 90 h leave 78 ms a step" in capsys.readouterr().out
 
 
