@@ -2,11 +2,12 @@
 
     python -m data_tools.verify DIR                            # fast: manifest, indexes, file sizes
     python -m data_tools.verify DIR --deep --workers 16        # also SHA-256, and every sample decodes
-    python -m data_tools.verify DIR --repair SRC...            # rebuild damaged shards from their sources
+    python -m data_tools.verify DIR --deep --repair SRC...     # rebuild damaged shards from their sources
     python -m data_tools.verify DIR --deep --quarantine        # no source any more: train on the rest
 
---repair packs only the damaged shards again and accepts them only with the manifest's checksum. SRC are the sources as
-given to pack (for `pack coco`: the annotations file, then the folder of images); those not needed are not read.
+--repair packs only the damaged shards again and accepts them only with the manifest's checksum; without --deep it sees
+missing and cut files only. SRC are the sources as given to pack (for `pack coco`: the annotations file, then the folder
+of images); those not needed are not read.
 --quarantine writes quarantine.json: positions that train with weight zero, so that no other sample moves.
 
 Exit status: 0 sound, or all damage repaired or quarantined; 1 damage is left; 2 nothing could be checked.
@@ -110,9 +111,11 @@ def verify(directory: Path, deep: bool, num_workers: int, sources: list[Path] | 
     show("damaged", left)
     show("quarantined", [problem for problem in problems if problem not in left])
     if left and not sources:
-        print(f"to repair: python -m data_tools.verify {directory} --repair SRC...", file=sys.stderr)
+        again = "--deep --repair" if deep else "--repair"
+        print(f"to repair: python -m data_tools.verify {directory} {again} SRC...", file=sys.stderr)
     if not left:
-        print(f"{directory}: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards are sound"
+        sound = "are sound" if deep else "are there in full (--deep reads them too)"
+        print(f"{directory}: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards {sound}"
               + (f", but for {len(known):,} quarantined" if known else ""))  # fmt: skip
     return 1 if left else 0
 

@@ -79,9 +79,11 @@ def test_deep_finds_what_fast_does_not(packed, capsys):
     row = np.load(out / index_name("shard-000001.tar"))[1]
     flip_byte(out / "shard-000001.tar", int(row["jpg_offset"] + row["jpg_size"] // 2))
     flip_byte(out / "shard-000100.tar", 10)  # a tar header: no sample is hit
-    assert verify([str(out)]) == 0
+    assert verify([str(out), "--repair", *sources]) == 0  # sees sizes alone, and says so
+    assert "8 samples in 5 shards are there in full (--deep reads them too)" in capsys.readouterr().out
     assert verify([str(out), "--deep"]) == 1
     err = capsys.readouterr().err
+    assert f"python -m data_tools.verify {out} --deep --repair SRC..." in err
     assert "damaged: shard-000001.tar[1] sa_3: its bytes have changed" in err
     assert "damaged: shard-000100.tar: its SHA-256 is not the manifest's, though no sample is hit" in err
     assert verify([str(out), "--deep", "--repair", *sources]) == 0
