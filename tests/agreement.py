@@ -141,7 +141,12 @@ ERRORS = {function.__name__: function for function in (wrong_scale, skipped_redu
 
 def cases(short: bool) -> list[Case]:
     if short:
-        return [Case("sam", "fsdp2", 2, 4), Case("mae", "hsdp", 4, 1), Case("mae", "zero3", 2, 4)]
+        return [
+            Case("sam", "fsdp2", 2, 4),
+            Case("sam", "zero3", 2, 1),
+            Case("mae", "hsdp", 4, 1),
+            Case("mae", "zero3", 2, 4),
+        ]
     return [Case(*values) for values in product(STEPS, ENGINES, (1, 2, 4), (1, 4))]
 
 

@@ -29,6 +29,9 @@ MATCHED = ("box", "click_1")  # answers that are kept as runs, for AP
 Click = tuple[float, float, int]  # x, y in original pixels, label
 
 
+FILLER = rle.from_bitmap(np.eye(8, dtype=np.uint8))  # asked for where an image has no more masks; not scored
+
+
 @dataclass(frozen=True)
 class EvalBatch:
     """Images with all masks to be scored. Images of weight nothing have no truths."""
@@ -44,6 +47,11 @@ class EvalBatch:
     masks_at_once: int  # how many masks of an image are decoded together; limits memory, changes nothing
     keep_masks: bool = False  # return the predicted bitmaps too, for pictures
     single_token_for_boxes: bool = False  # it answers boxes: where training counts a box as two prompts
+    min_sessions: int = 0  # an image is asked at least so often: all ranks must call the network alike (ZeRO 3)
+
+    def num_sessions(self, image: int) -> int:
+        """How often an image is asked, each time for up to `masks_at_once` masks."""
+        return max(self.min_sessions, -(-len(self.truths[image]) // self.masks_at_once))
 
     def to(self, device: torch.device) -> "EvalBatch":
         return replace(self, images=self.images.to(device), image_sizes=self.image_sizes.to(device))
@@ -88,10 +96,11 @@ def interact(sam: Sam, batch: EvalBatch) -> EvalScores:
     for i, truths in enumerate(batch.truths):
         embedding = sam.encode_images(images[i : i + 1])
         height, width = batch.image_sizes[i].tolist()
-        for first in range(0, len(truths), batch.masks_at_once):
+        for number in range(batch.num_sessions(i)):
+            first = number * batch.masks_at_once
             some = truths[first : first + batch.masks_at_once]
-            user = _Session(sam, embedding, batch, some, first, batch.keys[i], (height, width))
-            scores += user.run()
+            user = _Session(sam, embedding, batch, some or [FILLER], first, batch.keys[i], (height, width))
+            scores += user.run() if some else user.run()[:0]
     return scores
 
 
