@@ -16,7 +16,7 @@ import json
 import sys
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,7 @@ from data_tools.sample_format import (
     index_name,
     info_name,
     join_indexes,
+    load_manifest,
     load_quarantine,
     load_shard_index,
     npy_bytes,
@@ -120,20 +121,51 @@ def join(directory: Path, reports: list[ShardReport]) -> int:
         raise ValueError(f"{directory} holds shards of SA-1B pairs and of plain images: index them separately")
     kind = kinds.pop()
     manifest = Manifest(kind, tuple(report.info for report in reports))
+    kept = still_set_aside(directory, manifest)
     join_indexes(directory, manifest.shards)
 
     warnings = Counter[str]()
     for report in reports:
         warnings.update(report.warnings)
     double = find_doubles(directory, manifest)
-    if kind == "sa1b" and double:
-        save_quarantine(directory, [*load_quarantine(directory), *double])
-    elif double:
+    if kind == "sa1b":
+        kept += double
+    if kept or load_quarantine(directory):
+        save_quarantine(directory, kept)
+    if kind == "images" and double:
         warnings[WARN_DOUBLE] += len(double)  # equal names in different sources are not equal images
         double = []
     num_bad = write_report(directory, manifest, reports, double, warnings)
     save_manifest(directory, manifest)
     return num_bad
+
+
+def still_set_aside(directory: Path, manifest: Manifest) -> list[Quarantined]:
+    """What quarantine.json lists for other reasons than doubles, which are looked for anew. Where shards came or went
+    since, at the positions that the samples now have; a shard that is gone takes its entries with it."""
+    entries = [entry for entry in load_quarantine(directory) if not is_double(entry)]
+    if not entries:
+        return []
+    try:
+        old = load_manifest(directory)
+    except ValueError:  # lost or damaged, which is what this mends
+        old = manifest
+    starts, start = {}, 0
+    for shard in manifest.shards:
+        starts[shard.name] = start
+        start += shard.num_positions
+    ends = np.cumsum([shard.num_positions for shard in old.shards])
+    kept = []
+    for entry in entries:
+        number = int(np.searchsorted(ends, entry.position, side="right"))
+        if number < len(ends) and old.shards[number].name in starts:
+            row = entry.position - int(ends[number]) + old.shards[number].num_positions
+            kept.append(replace(entry, position=starts[old.shards[number].name] + row))
+    return kept
+
+
+def is_double(entry: Quarantined) -> bool:
+    return entry.reason.endswith(REASON_DOUBLE.partition("{}")[2])
 
 
 def find_doubles(directory: Path, manifest: Manifest) -> list[Quarantined]:
@@ -142,10 +174,10 @@ def find_doubles(directory: Path, manifest: Manifest) -> list[Quarantined]:
     image_ids = np.load(directory / INDEX_DIR / "image_id.npy")
     rows = np.flatnonzero(np.load(directory / INDEX_DIR / "jpg_size.npy", mmap_mode="r"))
     order = np.argsort(image_ids[rows], kind="stable")
-    is_double = np.diff(image_ids[rows][order]) == 0
+    repeated = np.diff(image_ids[rows][order]) == 0
     ends = np.cumsum([shard.num_positions for shard in manifest.shards])
     doubles = []
-    for position in np.sort(rows[order[1:][is_double]]):
+    for position in np.sort(rows[order[1:][repeated]]):
         shard = int(np.searchsorted(ends, position, side="right"))
         key = f"{manifest.shards[shard].name}[{position - (ends[shard - 1] if shard else 0)}]"
         doubles.append(Quarantined(int(position), key, REASON_DOUBLE.format(image_ids[position])))

@@ -126,7 +126,7 @@ def parse_record(data: bytes) -> Record:
     """Decode a JSON member. Raises `ValueError` saying which part is missing or of the wrong type."""
     try:
         tree = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"JSON does not parse: {error}") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("image"), dict):
         raise ValueError('JSON has no "image" object')
@@ -234,7 +234,11 @@ def load_manifest(directory: Path) -> Manifest:
         version = tree["version"]
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}")
-        return Manifest(tree["kind"], tuple(ShardInfo(**shard) for shard in tree["shards"]), version)
+        shards = tuple(ShardInfo(**shard) for shard in tree["shards"])
+        for shard in shards:  # names become paths here and in a node's cache
+            if Path(shard.name).name != shard.name or not shard.name.endswith(".tar"):
+                raise ValueError(f"{path} names a shard {shard.name!r}, which is no file name of a tar")
+        return Manifest(tree["kind"], shards, version)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} does not parse ({error}): `python -m data_tools.index {directory}` writes it anew"

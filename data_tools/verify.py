@@ -27,7 +27,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.index import CHUNK_BYTES
+from data_tools.index import CHUNK_BYTES, is_double
 from data_tools.pack import SCRATCH_DIR, build_shard, publish_shard
 from data_tools.pool import run_in_pool
 from data_tools.sample_format import (
@@ -99,7 +99,9 @@ def verify(directory: Path, deep: bool, num_workers: int, sources: list[Path] | 
         problems += check_bytes(directory, manifest, unreadable, num_workers)
     if sources and problems:
         show("found", problems)
+        damaged = {problem.shard for problem in problems}
         problems = repair(directory, manifest, problems, sources)
+        release(directory, manifest, damaged - {problem.shard for problem in problems})
     known = known_positions(directory)
     if quarantine:
         known |= set_aside(directory, manifest, problems)
@@ -322,6 +324,20 @@ def lost_positions(directory: Path, manifest: Manifest, problem: Problem) -> set
         return {start + problem.row}
     sizes = open_index(directory)["jpg_size"][start : start + info.num_positions]
     return {start + int(row) for row in np.flatnonzero(sizes)}
+
+
+def release(directory: Path, manifest: Manifest, rebuilt: set[str]) -> None:
+    """Take the samples of rebuilt shards out of quarantine.json; doubles stay, for they are whole and still doubles."""
+    entries, ends = load_quarantine(directory), np.cumsum([info.num_positions for info in manifest.shards])
+    kept = [
+        entry
+        for entry in entries
+        if is_double(entry)
+        or manifest.shards[int(np.searchsorted(ends, entry.position, side="right"))].name not in rebuilt
+    ]
+    if len(kept) < len(entries):
+        save_quarantine(directory, kept)
+        print(f"{len(entries) - len(kept)} positions are in quarantine no longer")
 
 
 def set_aside(directory: Path, manifest: Manifest, problems: list[Problem]) -> set[int]:

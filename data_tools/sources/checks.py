@@ -102,7 +102,12 @@ def mask_edges(runs: rle.Runs) -> tuple[int, int, int, int]:
 
 def is_number(value: object) -> bool:
     """A finite int or float; JSON as Python reads it has NaN, Infinity and bools as well."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) < math.inf
+        and (isinstance(value, float) or abs(value) < 2**63)
+    )
 
 
 def is_numbers(value: object, length: int) -> bool:

@@ -13,6 +13,7 @@ from data_tools.sample_format import Record
 from data_tools.sources.checks import is_numbers
 from data_tools.sources.listing import Entry, Location, Source
 
+FAR = 10  # image sides a polygon may reach
 WARN_EMPTY = "COCO mask without a pixel, dropped"
 WARN_CROWD = "COCO crowd region, dropped"
 
@@ -28,7 +29,7 @@ def list_coco(annotations: Path, images: Path) -> Source:
         for annotation in tree["annotations"]:
             by_image[annotation["image_id"]].append(annotation)
         listed = [(Path(image["file_name"]).stem, image) for image in _distinct(tree["images"])]
-        listed.sort(key=lambda pair: (pair[0], pair[1]["id"]))
+        listed.sort(key=lambda pair: (pair[0], str(pair[1]["id"])))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{annotations} is not a COCO instances file: {error!r}") from error
     if not listed:
@@ -60,7 +61,10 @@ def record_from_coco(
     tree = json.loads(data)
     image, annotations = tree["image"], []
     if (image.get("height", height), image.get("width", width)) != (height, width):
-        raise ValueError(f"COCO says {image['width']} x {image['height']} pixels, the JPEG has {width} x {height}")
+        stated = f"{image.get('width')} x {image.get('height')}"
+        raise ValueError(f"COCO says {stated} pixels, the JPEG has {width} x {height}")
+    if isinstance(image["id"], bool) or not isinstance(image["id"], int) or not 0 <= image["id"] < 2**63:
+        raise ValueError(f"the image's id should be a 63-bit number, is {image['id']!r}")
     for annotation in tree["annotations"]:
         if annotation.get("iscrowd") and not keep_crowds:
             warnings[WARN_CROWD] += 1
@@ -72,6 +76,8 @@ def record_from_coco(
         if rle.area(runs) == 0:
             warnings[WARN_EMPTY] += 1
             continue
+        if isinstance(annotation.get("id"), bool) or not isinstance(annotation.get("id"), int):
+            raise ValueError(f"an annotation's id should be int, is {annotation.get('id')!r}")
         annotations.append(_sa1b_annotation(annotation, runs, height, width))
     return Record(image["id"], width, height, f"{key}.jpg", annotations)
 
@@ -106,6 +112,8 @@ def _as_rle(segmentation: object, height: int, width: int) -> dict[str, Any]:
         for polygon in segmentation:
             if not isinstance(polygon, list) or len(polygon) % 2 or not is_numbers(polygon, max(6, len(polygon))):
                 raise ValueError(f"a polygon needs an even number of coordinates, 6 or more; is {polygon!r}")
+            if max(map(abs, polygon)) > FAR * max(height, width):  # rasterising takes time and memory by its extent
+                raise ValueError(f"a polygon reaches {max(map(abs, polygon)):g}, far beyond {width} x {height} pixels")
         merged = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
         return {"size": [height, width], "counts": merged["counts"].decode()}
     raise ValueError(f"should be polygons or RLE, is {segmentation!r}")

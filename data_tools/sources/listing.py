@@ -138,9 +138,13 @@ def tar_members(path: Path, start: int, source: Path) -> Iterator[tuple[str, int
             file.seek(start)
             # tarfile counts offsets as the file does, so those of an inner tar are absolute already.
             with tarfile.open(fileobj=file, mode="r:") as tar:
+                found: dict[str, tarfile.TarInfo] = {}
                 for member in tar:
-                    if member.isfile() and not Path(member.name).name.startswith("."):
-                        yield Path(member.name).as_posix(), member.offset_data, member.size
+                    # A hard link is a second name of a file before it.
+                    content = found.get(member.linkname, member) if member.islnk() else member
+                    found[member.name] = content
+                    if content.isfile() and not Path(member.name).name.startswith("."):
+                        yield Path(member.name).as_posix(), content.offset_data, content.size
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes this for an end, too
                     raise tarfile.ReadError("no end marker")
@@ -174,12 +178,18 @@ def _unpack_gzip(path: Path, scratch: Path) -> Path:
 def _pair_sa1b(files: list[WalkedFile]) -> list[Entry]:
     """Positions of an SA-1B source: every stem that has a JPEG or a JSON, or both."""
     parts: dict[str, dict[str, Location]] = {}
+    problems: dict[str, str] = {}
     for inside, location, _ in files:
         name = Path(inside)
         suffix = name.suffix.lower()
         if suffix == ".json" or suffix in JPEG_SUFFIXES:
-            parts.setdefault(name.stem, {})["json" if suffix == ".json" else "jpg"] = location
-    return [Entry(key, found.get("jpg"), found.get("json")) for key, found in sorted(parts.items())]
+            found, kind = parts.setdefault(name.stem, {}), "json" if suffix == ".json" else "jpg"
+            if kind in found:
+                problems[name.stem] = f"{found[kind].name} and {location.name} have one name"
+            found[kind] = location
+    return [
+        Entry(key, found.get("jpg"), found.get("json"), problems.get(key, "")) for key, found in sorted(parts.items())
+    ]
 
 
 def _name_images(files: list[WalkedFile]) -> list[Entry]:

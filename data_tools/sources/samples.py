@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data_tools import rle
 from data_tools.sample_format import Record, parse_record
@@ -52,7 +52,7 @@ def read_sample(entry: Entry, conversion: Conversion) -> Sample:
 
     jpeg, warnings = entry.image.read(), Counter[str]()
     if conversion.reencode and not jpeg.startswith(b"\xff\xd8"):
-        jpeg = reencode(jpeg, conversion.jpeg_quality)
+        jpeg = reencode(jpeg, conversion.jpeg_quality, upright=conversion.layout == "images")
         warnings[WARN_REENCODED] += 1
     height, width = check_jpeg(jpeg, conversion.jpeg_check == "decode")
     record = _read_record(entry, conversion, height, width, warnings)
@@ -60,7 +60,8 @@ def read_sample(entry: Entry, conversion: Conversion) -> Sample:
 
     new_height, new_width = smaller_size(height, width, conversion)
     if (new_height, new_width) != (height, width):
-        jpeg = reencode(jpeg, conversion.jpeg_quality, (new_width, new_height))
+        jpeg = reencode(jpeg, conversion.jpeg_quality, (new_width, new_height), conversion.layout == "images")
+        new_height, new_width = check_jpeg(jpeg, decode=False)  # turned, perhaps
         record = resize_record(record, new_height, new_width, warnings)
     return Sample(record, jpeg, warnings)
 
@@ -93,20 +94,27 @@ def smaller_size(height: int, width: int, conversion: Conversion) -> tuple[int, 
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def reencode(data: bytes, quality: int, size: tuple[int, int] | None = None) -> bytes:
-    """Any image as an RGB JPEG, at (width, height) `size` if given: Lanczos over the source pixels, so antialiased.
+def reencode(data: bytes, quality: int, size: tuple[int, int] | None = None, upright: bool = False) -> bytes:
+    """Any image as an RGB JPEG, its stored pixels brought to (width, height) `size` if given: Lanczos, antialiased.
 
-    The EXIF rotation is not applied: masks are given on the pixels as stored, and the trainer decodes them so too.
+    The result has no EXIF, so a rotation is applied now or never. `upright`: it is; otherwise not, since masks are
+    given on the pixels as stored, and the trainer decodes them so too.
     """
     try:
+        orientation = Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1) if upright else 1
         if data.startswith(b"\xff\xd8"):  # the decoder the trainer has, so grey and CMYK look alike in both
             image = Image.fromarray(simplejpeg.decode_jpeg(data, colorspace="RGB"))
         else:
             image = Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise ValueError("image does not decode: unknown format") from error  # its own text holds an address
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image does not decode: {error}") from error
     if size is not None:
         image = image.resize(size, Image.Resampling.LANCZOS)
+    if orientation != 1:
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+        image = ImageOps.exif_transpose(image)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

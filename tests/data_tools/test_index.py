@@ -5,7 +5,15 @@ import pytest
 
 from data_tools.index import main as index
 from data_tools.pack import main as pack
-from data_tools.sample_format import load_manifest, open_index, parse_record, read_raw
+from data_tools.sample_format import (
+    Quarantined,
+    load_manifest,
+    load_quarantine,
+    open_index,
+    parse_record,
+    read_raw,
+    save_quarantine,
+)
 from data_tools.verify import main as verify
 from tests.data_tools.tiny import jpeg_bytes, sa1b_files, tar_bytes, tree_bytes, write_folder
 
@@ -107,3 +115,16 @@ def test_unusable_directories(tmp_path, capsys):
         assert index([str(tmp_path / folder)]) == 2
         assert message in capsys.readouterr().err
     assert index([str(tmp_path / "absent")]) == 2
+
+
+def test_the_quarantine_follows_its_samples(tmp_path):
+    """A tar holds another's samples again; when it is gone, they are no doubles, and other entries have moved."""
+    files = sa1b_files(range(4))
+    write_folder(tmp_path, {"a.tar": tar_bytes(files), "b.tar": tar_bytes(files)})
+    write_folder(tmp_path, {"c.tar": tar_bytes(sa1b_files(range(10, 12)))})
+    assert index([str(tmp_path)]) == 1
+    assert [entry.position for entry in load_quarantine(tmp_path)] == [4, 5, 6, 7]
+    save_quarantine(tmp_path, [*load_quarantine(tmp_path), Quarantined(9, "sa_11", "by hand")])
+    (tmp_path / "a.tar").unlink()
+    assert index([str(tmp_path)]) == 0
+    assert load_quarantine(tmp_path) == [Quarantined(5, "sa_11", "by hand")]

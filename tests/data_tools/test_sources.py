@@ -1,10 +1,11 @@
 import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
 from data_tools import rle
@@ -185,6 +186,7 @@ def test_coco_without_crowds(tmp_path):
         ([3.0, 4.0], "a polygon needs"),
         ({"size": [HEIGHT, WIDTH], "counts": None}, "RLE counts should be"),
         ([["a", "b", "c", "d", "e", "f"]], "a polygon needs"),
+        ([[0, 0, 1e300, 0, 5, 5]], "a polygon reaches 1e+300"),
     ],
 )
 def test_bad_coco_annotations_are_reported(tmp_path, segmentation, reason):
@@ -274,3 +276,57 @@ def test_resizing_images(tmp_path):
     assert columns["height"].tolist() == [50, 30]
     assert columns["width"].tolist() == [40, 40]
     assert read_raw(out, manifest, columns, 1, "jpg") == (source / "b.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("change", [{"id": "7a"}, {"id": 2**70}, {"id": -1}, {"id": 7, "height": 5, "width": None}])
+def test_odd_coco_images_are_reported(tmp_path, change):
+    tree, _, _ = coco_source(tmp_path)
+    tree["images"][1] |= change
+    for annotation in tree["annotations"]:
+        annotation["image_id"] = change["id"]
+    (tmp_path / "instances.json").write_text(json.dumps(tree))
+    assert pack_coco(tmp_path) == 1
+    [bad] = json.loads((tmp_path / "out/report.json").read_text())["bad"]
+    assert "id should be" in bad["reason"] or "COCO says None x 5" in bad["reason"]
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_absurd_numbers_and_depths_are_bad_samples(tmp_path, value):
+    files = sa1b_files(range(3))
+    tree = json.loads(files["sa_1.json"])
+    tree["annotations"][0]["area"] = value
+    files |= {"sa_1.json": json.dumps(tree).encode(), "sa_2.json": b"[" * 200_000}
+    write_folder(tmp_path / "in", files)
+    assert pack(["sa1b", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 1
+    assert len(json.loads((tmp_path / "out/report.json").read_text())["bad"]) == 2
+
+
+def test_one_name_in_two_folders_is_a_bad_sample(tmp_path):
+    files = {f"a/{name}": data for name, data in sa1b_files(range(2)).items()}
+    files |= {f"b/{name}": data for name, data in sa1b_files(range(1, 3)).items()}
+    write_folder(tmp_path, {"in.tar": tar_bytes(files)})
+    problems = {entry.key: entry.problem for entry in list_source(tmp_path / "in.tar", "sa1b", tmp_path).entries}
+    assert [key for key, problem in problems.items() if "have one name" in problem] == ["sa_1"]
+
+
+def test_hard_links_in_a_tar_are_files(tmp_path):
+    write_folder(tmp_path / "in", {"x.jpg": jpeg_bytes(1)})
+    (tmp_path / "in/y.jpg").hardlink_to(tmp_path / "in/x.jpg")
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        tar.add(tmp_path / "in", ".")
+    with tarfile.open(tmp_path / "in.tar") as tar:
+        assert any(member.islnk() for member in tar)
+    entries = list_source(tmp_path / "in.tar", "images", tmp_path / "scratch").entries
+    assert [entry.image.read() for entry in entries] == [jpeg_bytes(1)] * 2
+
+
+def test_resized_images_are_turned_as_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((100, 160, 3), np.uint8)).save(buffer, "JPEG", exif=exif)
+    write_folder(tmp_path / "in", {"x.jpg": buffer.getvalue()})
+    assert pack(["images", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--resize-short-side", "50"]) == 0
+    jpeg = read_raw(tmp_path / "out", load_manifest(tmp_path / "out"), open_index(tmp_path / "out"), 0, "jpg")
+    assert simplejpeg.decode_jpeg(jpeg).shape == (80, 50, 3)
+    assert open_index(tmp_path / "out")["height"][0] == 80

@@ -158,3 +158,23 @@ def test_members_can_be_read_by_tarfile(packed):
             names = tar.getnames()
         keys = [name.removesuffix(".jpg") for name in names[::2]]
         assert names == [f"{key}.{part}" for key in keys for part in ("jpg", "json")]
+
+
+def test_repair_lifts_the_quarantine_of_what_it_rebuilt(packed, capsys):
+    out, sources = packed
+    row = np.load(out / index_name("shard-000001.tar"))[1]
+    flip_byte(out / "shard-000001.tar", int(row["jpg_offset"] + row["jpg_size"] // 2))
+    assert verify([str(out), "--deep", "--quarantine"]) == 0
+    assert [entry.position for entry in load_quarantine(out)] == [3]
+    assert verify([str(out), "--deep", "--repair", *sources]) == 0
+    assert "1 positions are in quarantine no longer" in capsys.readouterr().out
+    assert load_quarantine(out) == []
+
+
+@pytest.mark.parametrize("name", ["../outside.tar", "shard-000000"])
+def test_a_manifest_cannot_name_other_places(packed, name):
+    out, _ = packed
+    manifest = out / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("shard-000000.tar", name))
+    with pytest.raises(ValueError, match="no file name of a tar"):
+        load_manifest(out)

@@ -85,7 +85,7 @@ def read_whole(reader: ShardReader, row: int, size: int) -> tuple[Record, Placem
 def original_image(reader: ShardReader, row: int) -> np.ndarray:
     """The image as stored, (Y, X, 3) uint8, for pictures."""
     raw = reader.read(int(row))
-    return decode_jpeg(raw.jpeg, raw.record.height, raw.record.width)
+    return decode_jpeg(raw.jpeg, raw.record.height, raw.record.width, upright=False)
 
 
 def diagnostic_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig) -> DiagnosticBatch:

@@ -31,20 +31,20 @@ def image_size(data: bytes) -> tuple[int, int]:
         raise SampleError(f"image does not decode: {error}") from error
 
 
-def decode_jpeg(data: bytes, min_height: int, min_width: int) -> np.ndarray:
+def decode_jpeg(data: bytes, min_height: int, min_width: int, upright: bool = True) -> np.ndarray:
     """RGB uint8 (h, w, 3), possibly at 1/2, 1/4 or 1/8 but at least `min_height` x `min_width`.
 
-    Sides are rounded up. EXIF rotation, greyscale and CMYK are brought to upright RGB; files other than JPEG go
-    through Pillow, in full. Raises `SampleError`.
+    Sides are rounded up. Greyscale and CMYK become RGB; files other than JPEG go through Pillow, in full. `upright`:
+    turned as EXIF says; without it the pixels as stored, on which masks are given. Raises `SampleError`.
     """
     try:
-        if _is_plain(data):
+        if _is_plain(data) or (not upright and data[:2] == b"\xff\xd8"):
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
             if colorspace in ("YCbCr", "Gray", "RGB"):
                 wanted = reduced_size(height, width, min_height, min_width)
                 return simplejpeg.decode_jpeg(data, "RGB", min_height=wanted[0], min_width=wanted[1])
         with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
     except UNDECODABLE as error:
         raise SampleError(f"image does not decode: {error}") from error
 

@@ -234,11 +234,15 @@ def write_prompt(arrays: dict[str, np.ndarray], i: int, m: int, prompt: FirstPro
 def decode_placed(jpeg: bytes, height: int, width: int, placement: Placement) -> np.ndarray:
     """The content of the input, (placement.height, placement.width, 3) uint8, decoded no larger than it needs.
 
-    height, width: the size the record states. Raises `SampleError` if the image has another aspect.
+    height, width: the size the record states. The pixels as stored, whatever EXIF says, since masks lie on them.
+    Raises `SampleError` if the image has another aspect.
     """
     x0, y0, x1, y1 = placement.window
     image = decode_jpeg(
-        jpeg, needed_size(height, y1 - y0, placement.height), needed_size(width, x1 - x0, placement.width)
+        jpeg,
+        needed_size(height, y1 - y0, placement.height),
+        needed_size(width, x1 - x0, placement.width),
+        upright=False,
     )
     scale_x, scale_y = image.shape[1] / width, image.shape[0] / height
     if abs(scale_x - scale_y) * max(height, width) > 2:  # reduced scales round each side up by less than a pixel

@@ -187,3 +187,12 @@ def test_color_jitter_equals_torchvisions(factors):
     # torchvision rounds its grey weights to four digits.
     torch.testing.assert_close(found[:1], expected, rtol=0, atol=1 / 255)
     torch.testing.assert_close(found[1:], images[1:].float() / 255, rtol=0, atol=1e-5)
+
+
+def test_masks_lie_on_the_pixels_as_stored():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    turned = encoded(PICTURE, exif=exif, quality=95)
+    as_stored = decode_jpeg(turned, *PICTURE.shape[:2], upright=False)
+    assert mean_difference(as_stored, PICTURE) < 2  # JPEG at quality 95
+    assert mean_difference(decode_jpeg(turned, *PICTURE.shape[:2]), PICTURE) > 20
