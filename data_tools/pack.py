@@ -294,7 +294,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="layout", required=True)
     for layout, sources_help in (
         ("sa1b", "folders or tars with sa_N.jpg and sa_N.json"),
-        ("images", "folders or tars of images, of class folders, or of class tars"),
+        ("images", "folders or tars of images or of class folders, or a tar of class tars"),
     ):
         command = commands.add_parser(layout, help=sources_help)
         command.add_argument("sources", type=Path, nargs="+", metavar="SRC", help=sources_help)
