@@ -29,23 +29,43 @@ FORMATS = ("segment_anything", "huggingface", "timm")
 def export(run: Path, out: Path, file_format: str = "segment_anything") -> int:
     """Write the newest weights of `run` to `out`, whole or not at all; returns the number of tensors.
 
-    Raises `ValueError` if they are no SAM's.
+    Raises `ValueError` if they are no SAM's, or if `out` holds anything but an earlier export.
     """
+    check_target(out, file_format)
     weights = {name: tensor.float().contiguous() for name, tensor in read_weights(run).items()}
     if "image_encoder.pos_embed" not in weights:
         raise ValueError(f"{run} holds no SAM weights; a run of stage 1 goes into stage 2 through model.init_from")
     temporary = out.with_name(out.name + ".tmp")
     if file_format == "huggingface":
-        if out.is_file():
-            raise ValueError(f"{out} is a file; --format huggingface writes a directory")
         weights = sam_to_huggingface(weights)
         write_huggingface(weights, temporary)
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(out)
     else:
         weights = encoder_to_timm(weights) if file_format == "timm" else weights
         torch.save(weights, temporary)
     temporary.replace(out)
     return len(weights)
+
+
+def check_target(out: Path, file_format: str) -> None:
+    """Raises `ValueError` where writing would destroy what is no export, or has no place."""
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"{out.parent} is no folder: make it first")
+    if file_format != "huggingface":
+        if out.is_dir():
+            raise ValueError(f"{out} is a directory; --format {file_format} writes a file")
+    elif out.is_file():
+        raise ValueError(f"{out} is a file; --format huggingface writes a directory")
+    elif out.is_dir():
+        others = sorted(path.name for path in out.iterdir() if path.is_dir() or not is_huggingface_file(path.name))
+        if others:
+            raise ValueError(f"{out} holds {others[0]!r}, which no export wrote; give another --out")
+
+
+def is_huggingface_file(name: str) -> bool:
+    """Whether `save_pretrained` of transformers writes a file of that name."""
+    return (name.startswith("model") and ".safetensors" in name) or name.endswith("config.json")
 
 
 def write_huggingface(weights: Weights, directory: Path) -> None:
@@ -87,7 +107,12 @@ def huggingface_settings(weights: Weights) -> dict[str, Any]:
             "num_pos_feats": size.prompt_dim // 2,
         },
         "prompt_encoder_config": {"hidden_size": size.prompt_dim, "image_size": 16 * grid, "patch_size": 16},
-        "mask_decoder_config": {"hidden_size": size.prompt_dim, "mlp_dim": size.decoder_mlp_dim},
+        # Their decoder's default is 1e-6; the released one has torch's own.
+        "mask_decoder_config": {
+            "hidden_size": size.prompt_dim,
+            "mlp_dim": size.decoder_mlp_dim,
+            "layer_norm_eps": 1e-5,
+        },
     }
 
 

@@ -34,7 +34,7 @@ def huggingface_tiny() -> SamModel:
         num_pos_feats=64,
     )
     prompt = SamPromptEncoderConfig(hidden_size=128, image_size=128)
-    decoder = SamMaskDecoderConfig(hidden_size=128, mlp_dim=512)
+    decoder = SamMaskDecoderConfig(hidden_size=128, mlp_dim=512, layer_norm_eps=1e-5)
     config = SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
     config._attn_implementation = "eager"
     return SamModel(config).eval()
