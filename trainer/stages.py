@@ -1,5 +1,6 @@
 """What differs between the two stages: a task module and a data pipeline. Everything else is shared."""
 
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -141,13 +142,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Names are the network's own: the task's prefix is removed. Where a checkpoint holds averaged weights
     (optim.ema_decay) they are what is read. Raises `ValueError` if nothing is found.
     """
-    if path.is_file() and path.suffix == ".safetensors":
-        from safetensors.torch import load_file  # here and not above: files of this kind alone need it
-
-        return load_file(path)
     if path.is_file():
-        tree = torch.load(path, map_location="cpu", weights_only=True)
-        return tree.get("model", tree)
+        return read_weights_file(path)
     checkpoints = path / "checkpoints"
     if checkpoints.is_dir():
         newest = Checkpointer(checkpoints, 1, single_process()).newest()
@@ -157,6 +153,26 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     elif not (path / "COMPLETE").is_file():
         raise ValueError(f"{path} is neither a run, a complete checkpoint nor a file of weights")
     return {name.split(".", 1)[1]: value for name, value in load_weights(path).items()}
+
+
+def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name of a `.safetensors` or `.pth` file, there also under "model". Raises `ValueError`."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError  # here and not above: files of this kind alone need it
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole file of safetensors: {error}") from error
+    try:
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError) as error:  # other, empty, cut, text
+        raise ValueError(f"{path} is no whole file of weights that torch.save wrote: {error!r:.200}") from error
+    weights = tree.get("model", tree) if isinstance(tree, dict) else tree
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{path} holds no tensors by name, neither at the top nor under 'model'")
+    return weights
 
 
 def sam_size(weights: Mapping[str, torch.Tensor]) -> tuple[str, int]:

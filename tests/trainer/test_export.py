@@ -147,3 +147,16 @@ def test_an_export_destroys_nothing_else(saved, tmp_path):
     with pytest.raises(ValueError, match="make it first"):
         export(file, tmp_path / "nowhere/out.pth")
     assert (precious / "thesis.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("content", ["text", "empty", "cut", "list", "number", "safetensors"])
+def test_files_that_are_no_weights_are_named(saved, tmp_path, content):
+    _, whole = saved
+    file = tmp_path / ("x.safetensors" if content == "safetensors" else "x.pth")
+    if content in ("list", "number"):
+        torch.save([1, 2] if content == "list" else {"model": 3}, file)
+    else:
+        data = {"text": b"hello", "empty": b"", "cut": whole.read_bytes()[:5000], "safetensors": b"not safetensors"}
+        file.write_bytes(data[content])
+    with pytest.raises(ValueError, match=file.name):
+        read_weights(file)
