@@ -81,10 +81,10 @@ def list_source(path: Path, layout: Layout, scratch: Path) -> Source:
     if not entries:
         wanted = "sa_N.jpg with sa_N.json" if layout == "sa1b" else "image"
         hint = ""
-        if path.is_dir() and any(path.glob("*.tar")):
-            hint = f"; give its tars one by one: {path}/*.tar"
-        elif path.is_dir() and _has_folders(path):
+        if path.is_dir() and _has_folders(path):
             hint = f"; give its subfolders one by one: {path}/*"
+        elif path.is_dir() and any(path.glob("*.tar")):
+            hint = f"; give its tars one by one: {path}/*.tar"
         raise ValueError(f"{path} holds no {wanted}{hint}")
     return Source(path, tuple(entries), sum(size for _, _, size in files), plain if plain != path else None)
 
