@@ -17,6 +17,7 @@ import sys
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from data_tools.pool import run_in_pool
 from data_tools.sample_format import (
     INDEX_DIR,
     INDEX_DTYPE,
+    QUARANTINE_NAME,
     Manifest,
     Quarantined,
     ShardInfo,
@@ -36,6 +38,7 @@ from data_tools.sample_format import (
     load_manifest,
     load_quarantine,
     load_shard_index,
+    locate,
     npy_bytes,
     parse_record,
     save_manifest,
@@ -48,7 +51,7 @@ from data_tools.sources.plan import load_plans
 from data_tools.sources.samples import image_id_of
 
 Kind = Literal["sa1b", "images"]
-REASON_DOUBLE = "image_id {} occurs in an earlier shard"
+REASON_DOUBLE = "occurs in an earlier shard"
 WARN_DOUBLE = "image key occurs in an earlier shard"
 CHUNK_BYTES = 1 << 22
 LISTED_BAD = 1000  # lines of report.txt; report.json has them all
@@ -130,7 +133,7 @@ def join(directory: Path, reports: list[ShardReport]) -> int:
     double = find_doubles(directory, manifest)
     if kind == "sa1b":
         kept += double
-    if kept or load_quarantine(directory):
+    if kept or (directory / QUARANTINE_NAME).is_file():
         save_quarantine(directory, kept)
     if kind == "images" and double:
         warnings[WARN_DOUBLE] += len(double)  # equal names in different sources are not equal images
@@ -150,22 +153,19 @@ def still_set_aside(directory: Path, manifest: Manifest) -> list[Quarantined]:
         old = load_manifest(directory)
     except ValueError:  # lost or damaged, which is what this mends
         old = manifest
-    starts, start = {}, 0
-    for shard in manifest.shards:
-        starts[shard.name] = start
-        start += shard.num_positions
-    ends = np.cumsum([shard.num_positions for shard in old.shards])
+    sizes = [shard.num_positions for shard in manifest.shards]
+    starts = dict(zip((shard.name for shard in manifest.shards), accumulate(sizes, initial=0), strict=False))
     kept = []
     for entry in entries:
-        number = int(np.searchsorted(ends, entry.position, side="right"))
-        if number < len(ends) and old.shards[number].name in starts:
-            row = entry.position - int(ends[number]) + old.shards[number].num_positions
-            kept.append(replace(entry, position=starts[old.shards[number].name] + row))
+        if entry.position < old.num_positions:
+            shard, row = locate(old, entry.position)
+            if shard.name in starts:
+                kept.append(replace(entry, position=starts[shard.name] + row))
     return kept
 
 
 def is_double(entry: Quarantined) -> bool:
-    return entry.reason.endswith(REASON_DOUBLE.partition("{}")[2])
+    return entry.reason.endswith(REASON_DOUBLE)
 
 
 def find_doubles(directory: Path, manifest: Manifest) -> list[Quarantined]:
@@ -175,12 +175,11 @@ def find_doubles(directory: Path, manifest: Manifest) -> list[Quarantined]:
     rows = np.flatnonzero(np.load(directory / INDEX_DIR / "jpg_size.npy", mmap_mode="r"))
     order = np.argsort(image_ids[rows], kind="stable")
     repeated = np.diff(image_ids[rows][order]) == 0
-    ends = np.cumsum([shard.num_positions for shard in manifest.shards])
     doubles = []
-    for position in np.sort(rows[order[1:][repeated]]):
-        shard = int(np.searchsorted(ends, position, side="right"))
-        key = f"{manifest.shards[shard].name}[{position - (ends[shard - 1] if shard else 0)}]"
-        doubles.append(Quarantined(int(position), key, REASON_DOUBLE.format(image_ids[position])))
+    for position in np.sort(rows[order[1:][repeated]]).tolist():
+        shard, row = locate(manifest, position)
+        reason = f"image_id {image_ids[position]} {REASON_DOUBLE}"
+        doubles.append(Quarantined(position, f"{shard.name}[{row}]", reason))
     return doubles
 
 

@@ -40,6 +40,7 @@ from data_tools.sample_format import (
     load_manifest,
     load_quarantine,
     load_shard_index,
+    locate,
     open_index,
     parse_record,
     save_quarantine,
@@ -328,13 +329,8 @@ def lost_positions(directory: Path, manifest: Manifest, problem: Problem) -> set
 
 def release(directory: Path, manifest: Manifest, rebuilt: set[str]) -> None:
     """Take the samples of rebuilt shards out of quarantine.json; doubles stay, for they are whole and still doubles."""
-    entries, ends = load_quarantine(directory), np.cumsum([info.num_positions for info in manifest.shards])
-    kept = [
-        entry
-        for entry in entries
-        if is_double(entry)
-        or manifest.shards[int(np.searchsorted(ends, entry.position, side="right"))].name not in rebuilt
-    ]
+    entries = load_quarantine(directory)
+    kept = [e for e in entries if is_double(e) or locate(manifest, e.position)[0].name not in rebuilt]
     if len(kept) < len(entries):
         save_quarantine(directory, kept)
         print(f"{len(entries) - len(kept)} positions are in quarantine no longer")

@@ -40,7 +40,6 @@ from trainer.distributed import (
     World,
     broadcast_object,
     gather_objects,
-    max_on_host,
     single_process,
     start_world,
     stop_world,
@@ -86,8 +85,7 @@ def evaluate(
     engine.task.eval()
     mine: list[ScoredImage] = []
     for index, batch in evaluation_batches(reader, rows, config, world.rank, world.size):
-        sessions = int(max_on_host([batch.num_sessions(0)], world)[0])
-        scores: list[MaskScore] = engine(replace(batch, min_sessions=sessions).to(world.device))
+        scores: list[MaskScore] = engine(batch.to(world.device))
         if scores:
             mine.append(score_image(index, batch, scores))
         if sum_on_host([float(stop())], world)[0]:

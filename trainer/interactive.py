@@ -47,11 +47,7 @@ class EvalBatch:
     masks_at_once: int  # how many masks of an image are decoded together; limits memory, changes nothing
     keep_masks: bool = False  # return the predicted bitmaps too, for pictures
     single_token_for_boxes: bool = False  # it answers boxes: where training counts a box as two prompts
-    min_sessions: int = 0  # an image is asked at least so often: all ranks must call the network alike (ZeRO 3)
-
-    def num_sessions(self, image: int) -> int:
-        """How often an image is asked, each time for up to `masks_at_once` masks."""
-        return max(self.min_sessions, -(-len(self.truths[image]) // self.masks_at_once))
+    least_masks: int = 0  # the network is called as if an image had so many: all ranks must call alike (ZeRO 3)
 
     def to(self, device: torch.device) -> "EvalBatch":
         return replace(self, images=self.images.to(device), image_sizes=self.image_sizes.to(device))
@@ -96,11 +92,11 @@ def interact(sam: Sam, batch: EvalBatch) -> EvalScores:
     for i, truths in enumerate(batch.truths):
         embedding = sam.encode_images(images[i : i + 1])
         height, width = batch.image_sizes[i].tolist()
-        for number in range(batch.num_sessions(i)):
-            first = number * batch.masks_at_once
+        num_masks = max(len(truths), batch.least_masks)
+        for first in range(0, num_masks, batch.masks_at_once):
             some = truths[first : first + batch.masks_at_once]
             user = _Session(sam, embedding, batch, some or [FILLER], first, batch.keys[i], (height, width))
-            scores += user.run() if some else user.run()[:0]
+            scores += user.run()[: len(some)]
     return scores
 
 

@@ -76,8 +76,6 @@ def record_from_coco(
         if rle.area(runs) == 0:
             warnings[WARN_EMPTY] += 1
             continue
-        if isinstance(annotation.get("id"), bool) or not isinstance(annotation.get("id"), int):
-            raise ValueError(f"an annotation's id should be int, is {annotation.get('id')!r}")
         annotations.append(_sa1b_annotation(annotation, runs, height, width))
     return Record(image["id"], width, height, f"{key}.jpg", annotations)
 
@@ -92,7 +90,7 @@ def _sa1b_annotation(annotation: dict[str, Any], runs: rle.Runs, height: int, wi
         "predicted_iou": 1.0,
         "point_coords": [deepest_point(rle.to_bitmap(runs))],
         "crop_box": [0.0, 0.0, float(width), float(height)],
-        "id": annotation["id"],
+        "id": annotation.get("id"),  # checks.check_annotation says if it is none
         "stability_score": 1.0,
         "category_id": annotation.get("category_id", 0),
         "iscrowd": int(annotation.get("iscrowd", 0)),

@@ -199,6 +199,15 @@ def test_bad_coco_annotations_are_reported(tmp_path, segmentation, reason):
     assert f"annotation 11: {reason}" in bad["reason"]
 
 
+def test_a_coco_annotation_without_id_is_reported(tmp_path):
+    tree, _, _ = coco_source(tmp_path)
+    del tree["annotations"][1]["id"]
+    (tmp_path / "instances.json").write_text(json.dumps(tree))
+    assert pack_coco(tmp_path) == 1
+    [bad] = json.loads((tmp_path / "out/report.json").read_text())["bad"]
+    assert '"id" should be int, is None' in bad["reason"]
+
+
 def test_missing_coco_image_is_reported(tmp_path):
     coco_source(tmp_path)
     (tmp_path / "images/train/0009.jpg").unlink()

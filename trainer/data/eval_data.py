@@ -1,7 +1,7 @@
 """Images and their masks for evaluation: no augmentation, masks whole and at original resolution."""
 
-import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -35,10 +35,14 @@ def evaluation_batches(
     """This rank's share of `rows`, an image at a time with its index in `rows`; each image on exactly one rank.
 
     All ranks yield equally many, since the forward pass is collective under sharding: those that run out yield blank
-    images without truths.
+    images without truths. Nor may it differ in its calls: all images of a turn count as holding as many masks as the
+    fullest, by the index.
     """
-    for index in range(rank, math.ceil(len(rows) / num_ranks) * num_ranks, num_ranks):
-        yield index, evaluation_batch(reader, rows[index : index + 1], config)
+    num_masks = reader.columns["num_masks"]
+    for first in range(0, len(rows), num_ranks):
+        most = int(num_masks[rows[first : first + num_ranks]].max())
+        index = first + rank
+        yield index, replace(evaluation_batch(reader, rows[index : index + 1], config), least_masks=most)
 
 
 def evaluation_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig, keep_masks: bool = False) -> EvalBatch:
