@@ -144,6 +144,7 @@ def cases(short: bool) -> list[Case]:
         return [
             Case("sam", "fsdp2", 2, 4),
             Case("sam", "zero3", 2, 1),
+            Case("mae", "zero0", 2, 4),
             Case("mae", "hsdp", 4, 1),
             Case("mae", "zero3", 2, 4),
         ]

@@ -2,7 +2,6 @@
 
 import gc
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ _DDP_KEYWORDS = inspect.signature(DistributedDataParallel.__init__).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_KEYWORDS else "broadcast_buffers"
 
 
-class TorchEngine(ABC):
+class TorchEngine:
     """What replicas and shards share: AdamW, loss scale, clipping, state. A subclass wraps the task and reduces."""
 
     def __init__(self, task: nn.Module, config: Run, groups: Sequence[ParamGroup], world: World) -> None:
@@ -58,15 +57,18 @@ class TorchEngine(ABC):
         self._scale = LossScale(
             self.precision, config.engine.initial_loss_scale, config.engine.loss_scale_growth_steps, world.device
         )
+        self._finish(config)
         self.set_lr(config.optim.lr)
 
-    @abstractmethod
-    def _wrap(self, task: nn.Module) -> nn.Module:
-        """The module whose forward pass is the engine's."""
+    def _finish(self, config: Run) -> None:
+        """For a backend that wants to see the optimizer."""
 
-    @abstractmethod
+    def _wrap(self, task: nn.Module) -> nn.Module:
+        raise NotImplementedError
+
     def _prepare_reduction(self, last: bool) -> None:
         """Called before each backward pass: ranks reduce in it if `last`, else gradients add up locally."""
+        raise NotImplementedError
 
     def __call__(self, batch: Any) -> Any:
         """Forward pass, see `Engine`."""
