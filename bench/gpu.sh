@@ -62,7 +62,7 @@ why=$(missing pytest scipy segment_anything transformers timm trainer.stages)
 if [ -n "$why" ]; then
     say "skipped gpu tests: $why"
 else
-    run tests 120 "$PYTHON" -m pytest -q -m "gpu and not dist" tests
+    run tests 200 "$PYTHON" -m pytest -q -m gpu tests
 fi
 
 run attention 90 "$PYTHON" -m bench.attention --out "$OUT/attention.json"

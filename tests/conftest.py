@@ -14,6 +14,11 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 def pack_scenes(root: Path, name: str, num_images: int, seed: int, size: int = 64) -> Path:
     """Synthetic scenes, packed in shards of 10."""
     raw, shards = root / f"raw_{name}", root / name

@@ -2,7 +2,8 @@
 
     outputs = launch_ranks("tests.trainer.parallel.ranks", [str(folder)], num_ranks=2)
 
-The ranks find each other over loopback, see no GPU, and are killed (they alone) when one fails or time is up.
+The ranks find each other over loopback, see no GPU unless told to, and are killed (they alone) when one fails or time
+is up.
 """
 
 import os
@@ -16,6 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# For `env` of `launch_ranks`: the ranks see the first GPU after all.
+ON_GPU = {"CUDA_VISIBLE_DEVICES": "0", "DS_ACCELERATOR": "cuda"}
 
 
 class RanksError(AssertionError):

@@ -27,7 +27,7 @@ def released(q: Tensor, k: Tensor, v: Tensor, rel_pos_h: Tensor, rel_pos_w: Tens
 def with_gradients(function, arguments: list[Tensor], grid: tuple[int, int]) -> list[Tensor]:
     arguments = [x.clone().requires_grad_() for x in arguments]
     out = function(*arguments, grid)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), arguments)]
 
 
@@ -76,3 +76,16 @@ def test_windows_equal_the_released_block(grid, window, plain_up_to, monkeypatch
 def test_widths_that_heads_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="embed_dim=30 is not a multiple of num_heads=4"):
         Attention(30, 4, use_rel_pos=False, grid=(2, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", [fused_attention, plain_attention])
+@pytest.mark.parametrize("dtype, forward, backward", [(torch.float32, 1e-5, 1e-4), (torch.bfloat16, 2e-2, 3e-2)])
+def test_on_a_gpu_against_float64(function, dtype, forward, backward):
+    """Windows and the whole grid of vit_h. bf16 rounds to 2^-9 of a value, and a few of them add up."""
+    for grid, lengths in (((14, 14), (27, 27)), ((64, 64), (127, 127))):
+        arguments = [x.to("cuda", dtype) for x in inputs(grid, 80, lengths)]
+        wanted = with_gradients(plain_attention, [x.double() for x in arguments], grid)
+        found = with_gradients(function, arguments, grid)
+        assert difference(found[0], wanted[0]) < forward
+        assert max(difference(a, b) for a, b in zip(found[1:], wanted[1:], strict=True)) < backward

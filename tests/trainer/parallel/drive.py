@@ -31,6 +31,8 @@ def make_engine(
     with torch.no_grad():
         for parameter in task.parameters():
             parameter.add_(float(world.rank))  # rank 0's weights must become everyone's
+    if not on_meta:
+        task.to(world.device)
     return build_engine(task, toy_config(kind, precision, **changes), toy_groups(task), world)
 
 
@@ -51,7 +53,7 @@ def run_steps(
         total = 0.0
         micro_batches = batches_of_step(step, accumulation, world)
         for index, batch in enumerate(micro_batches):
-            loss, metrics = engine(batch)
+            loss, metrics = engine({name: value.to(world.device) for name, value in batch.items()})
             total += float(metrics["loss"])
             factor = float("inf") if step == spoil and world.rank == world.size - 1 else wrong_factor
             engine.backward(loss * factor, last=index == len(micro_batches) - 1)
@@ -63,10 +65,10 @@ def run_steps(
 
 
 def whole_state(engine: Engine) -> dict[str, Tensor]:
-    """A copy of the engine's state with whole tensors."""
+    """A copy of the engine's state with whole tensors, on the CPU."""
     state = engine.state_dict()
     whole = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
-    return {key: value.detach().clone() for key, value in whole.items()}
+    return {key: value.detach().to("cpu", copy=True) for key, value in whole.items()}
 
 
 def different_keys(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:

@@ -168,6 +168,7 @@ def local_until_last(world: World) -> dict[str, bool]:
     engine = make_engine(world, "ddp")
     one = {}
     for index, batch in enumerate(batches_of_step(0, 2, world)):
+        batch = {name: value.to(world.device) for name, value in batch.items()}
         engine.backward(engine(batch)[0], last=index == 1)
         norm = float(engine.task.decoder.head.weight.grad.norm())
         one["after last" if index else "before"] = max_on_host([norm, -norm], world) == [norm, -norm]

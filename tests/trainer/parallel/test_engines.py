@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.launch_ranks import launch_ranks, run_launcher
+from tests.launch_ranks import ON_GPU, launch_ranks, run_launcher
 from tests.trainer.parallel.drive import Record, different_keys, make_engine, run_steps, whole_state
 from tests.trainer.parallel.ranks import CASES, ENGINES, STEPS, phase_change, train
 from tests.trainer.parallel.toy import ToyTask, toy_config, toy_groups
@@ -289,6 +289,31 @@ def test_one_plain_process_under_every_engine(alone: dict[str, Record], tmp_path
         assert found[f"phases {name}"]["not_loaded"] == []
         assert found[f"overflow {name} fp16"]["skipped"] == 1
     assert found["relay"]["not_loaded"] == {name: [] for name in [*names, "ddp"]}
+
+
+@pytest.mark.gpu
+def test_every_engine_on_a_gpu(tmp_path: Path, alone: dict[str, Record]) -> None:
+    """One rank on a GPU with NCCL does what one process on the CPU does, and takes over the CPU's checkpoint."""
+    names = [name for name in ENGINES if name != "hsdp pairs"]
+    launch_ranks("tests.trainer.parallel.ranks", [str(prepare(tmp_path)), ",".join(names)], 1, 400.0, ON_GPU)
+    (found,) = read_results(tmp_path, 1)
+    assert found["relay"]["not_loaded"] == {name: [] for name in [*names, "ddp"]}
+    for name in names:
+        for case in ("fp32", "fp32 clipped"):
+            # Sums in another order than the CPU's, and the TF32 of no product: as between numbers of ranks.
+            assert not disagreements(found[f"train {name} {case} 2"], alone[case], **FP32), (name, case)
+        for case in ("bf16 clipped", "fp16 clipped"):
+            record = found[f"train {name} {case} 2"]
+            torch.testing.assert_close(record.losses, alone["fp32 clipped"].losses, rtol=LOW_LOSS, atol=0.0)
+            assert record.skipped == 0
+        assert found[f"phases {name}"]["not_loaded"] == []
+        for precision, scale_after in (("fp16", 512.0), ("fp32", 1.0)):
+            skipping = found[f"overflow {name} {precision}"]
+            assert skipping["changed"] == []
+            assert (skipping["scale"], skipping["skipped"], skipping["step"]) == (scale_after, 1, 2.0)
+    for name in ("zero1", "zero2", "zero3"):
+        record = found[f"own fp16 {name}"]["record"]
+        torch.testing.assert_close(record.losses, alone["fp32 clipped"].losses, rtol=2 * LOW_LOSS, atol=0.0)
 
 
 def test_host_agreements(results_of: Callable[[str], Results]) -> None:
