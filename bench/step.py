@@ -148,7 +148,9 @@ def seconds(action: Callable[[], object], device: torch.device, repeats: int, wa
     return statistics.median(times)
 
 
-def measure(config: Config, world: World, compiled: bool, repeats: int, by_part: bool = True) -> dict[str, object]:
+def measure(
+    config: Config, world: World, compiled: bool, repeats: int, by_part: bool = True, num_profiled: int | None = None
+) -> dict[str, object]:
     """Time of a step of the config's last phase and of its parts, peak memory, share of peak."""
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"compile": compiled, "kind": "ddp"})})
     frozen = config.phases[-1].frozen
@@ -170,10 +172,15 @@ def measure(config: Config, world: World, compiled: bool, repeats: int, by_part:
     whole = seconds(step, world.device, repeats, warm_up)
     row: dict[str, object] = {"config": config.run_dir.name, "compiled": compiled, "step_ms": round(1000 * whole, 1)}
     row["images"] = config.batch.micro
-    if by_part:
-        row |= {f"{name}_ms": round(1000 * value, 1) for name, value in parts(engine, batch, repeats).items()}
     if world.device.type == "cuda":
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    if by_part:
+        row |= {f"{name}_ms": round(1000 * value, 1) for name, value in parts(engine, batch, repeats).items()}
+    if num_profiled:
+        with torch.profiler.profile() as profile:
+            step()
+        by = "self_cuda_time_total" if world.device.type == "cuda" else "self_cpu_time_total"
+        print(profile.key_averages().table(sort_by=by, row_limit=num_profiled, max_name_column_width=80))
     flops = useful_flops(config, frozen)
     row["useful_tflop"] = None if flops is None else round(flops / 1e12, 2)
     peak = peak_flops(world.device, config.engine.precision)
@@ -222,6 +229,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also with torch.compile of each block")
     parser.add_argument("--whole", action="store_true", help="the whole step alone, not its parts")
+    parser.add_argument("--profile", type=int, metavar="N", help="also the N operations that take most of the device")
     parser.add_argument("--out", type=Path, help="JSON file; written after every row")
     settings = parser.parse_args()
     world = single_process()
@@ -236,7 +244,7 @@ def main() -> None:
         config = load_config(path, overrides, check_paths=False)
         for compiled in (False, True) if settings.compile else (False,):
             try:
-                rows.append(measure(config, world, compiled, settings.steps, not settings.whole))
+                rows.append(measure(config, world, compiled, settings.steps, not settings.whole, settings.profile))
             except torch.cuda.OutOfMemoryError as error:
                 rows.append({"config": path.stem, "compiled": compiled, "failed": str(error).split(". ")[0]})
             if settings.out:

@@ -1,5 +1,6 @@
 """Small packed data sets that many tests train on, made once a session."""
 
+import os
 from pathlib import Path
 
 import hypothesis
@@ -14,9 +15,15 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests look at a CPU, so that they say the same on every machine; `-m gpu` is for those that need a GPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+        pytest.skip("needs a CUDA device, and `-m gpu`")
 
 
 def pack_scenes(root: Path, name: str, num_images: int, seed: int, size: int = 64) -> Path:

@@ -23,6 +23,11 @@ class MaeTask(nn.Module):
     def shard_units(self) -> list[nn.Module]:
         return self.mae.shard_units()
 
+    def compile_parts(self) -> None:
+        """torch.compile of every block, in place: no parameter changes its name."""
+        for block in self.mae.shard_units():
+            block.compile()
+
     def forward(self, batch: MaeBatch) -> tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, Tensor]:
         images = jitter_colors(batch.images, batch.color_factors) if self.config.data.color_jitter else batch.images
         images = self.mae.normalize_images(images)

@@ -59,6 +59,17 @@ class SamTask(nn.Module):
     def shard_units(self) -> list[nn.Module]:
         return self.sam.shard_units()
 
+    def compile_parts(self) -> None:
+        """torch.compile of what is large, in place: no parameter changes its name.
+
+        Not only the encoder's blocks: a prompt round is bound by memory, so that fusing its kernels counts for more.
+        """
+        decoder, prompt_encoder = self.sam.mask_decoder, self.sam.prompt_encoder
+        rounds = [prompt_encoder.mask_downscaling, *decoder.transformer.layers, decoder.output_upscaling]
+        for module in (*self.sam.shard_units(), *rounds):
+            module.compile()
+        self.compare = torch.compile(self.compare)
+
     def train(self, mode: bool = True) -> "SamTask":
         """Frozen parts stay in evaluation mode: no dropout where nothing is learned."""
         super().train(mode)

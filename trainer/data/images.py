@@ -6,7 +6,6 @@ import math
 import numba
 import numpy as np
 import simplejpeg
-import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -192,8 +191,13 @@ def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
     """
     brightness, contrast, saturation = (factors[:, i, None, None, None] for i in range(3))
     images = (images.float() * brightness).clamp(0, 255)
-    grey_weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]
-    mean = (images * grey_weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    mean = grey_of(images).mean((2, 3), keepdim=True)
     images = (mean + (images - mean) * contrast).clamp(0, 255)
-    grey = (images * grey_weights).sum(1, keepdim=True)
+    grey = grey_of(images)
     return (grey + (images - grey) * saturation).clamp(0, 255)
+
+
+def grey_of(images: Tensor) -> Tensor:
+    """Luma (ITU-R BT.601) of (B, 3, H, W): (B, 1, H, W)."""
+    red, green, blue = images.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue

@@ -77,13 +77,12 @@ def build_engine(task: nn.Module, config: Run, groups: Sequence[ParamGroup], wor
     """The engine that `config.engine` asks for, with AdamW from `config.optim`, around `task`.
 
     Rank 0's weights are everyone's; on other ranks the task may lie on the meta device. Frozen parameters have
-    requires_grad=False by now and are in no group. The task offers `shard_units()`, the modules that may be sharded and
-    compiled on their own. Raises ValueError if the groups are not exactly the trained parameters.
+    requires_grad=False by now and are in no group. The task offers `shard_units()`, the modules that may be sharded on
+    their own, and `compile_parts()`. Raises ValueError if the groups are not exactly the trained parameters.
     """
     check_groups(task, groups)
     if config.engine.compile:
-        for unit in task.shard_units():
-            unit.compile()  # in place: no parameter changes its name
+        task.compile_parts()
     if config.engine.kind == "deepspeed":
         # Here and not above: the import takes seconds, and only this engine needs the package.
         from trainer.parallel.deepspeed_engine import DeepSpeedEngine, ZeroStage0Engine

@@ -131,9 +131,12 @@ class Activations:
             return self.along(read, images, masks)
 
         encoder = along(lambda s: s.encoder.saved_bytes)
-        decoder = along(lambda s: s.decoder.saved_bytes) * self.rounds
-        # While rounds run, everything is saved; when the encoder's backward starts, the rounds are gone.
-        in_rounds = encoder + decoder + along(lambda s: s.decoder.extra_bytes)
+        first, later = along(lambda s: s.first.saved_bytes), along(lambda s: s.decoder.saved_bytes)
+        decoder = first + later * (self.rounds - 1)
+        # While rounds run, everything is saved; their backward frees them from the last to the first. When the
+        # encoder's starts, the rounds are gone.
+        in_first = encoder + first + along(lambda s: s.first.extra_bytes)
+        in_rounds = max(in_first, encoder + decoder + along(lambda s: s.decoder.extra_bytes))
         in_encoder = encoder + along(lambda s: s.encoder.extra_bytes)
         working = max(in_rounds, in_encoder) - encoder - decoder + along(lambda s: s.output_bytes)
         return encoder, decoder, working
@@ -152,7 +155,7 @@ def activations(config: Config) -> Activations:
         # What the encoder does not recompute changes nothing for the rounds, so two variants serve for all four.
         encoder = simulated(with_recompute(config, blocks, blocks), images, masks)
         decoder = simulated(with_recompute(config, rounds, rounds), images, masks)
-        points.append((images, masks, replace(encoder, decoder=decoder.decoder)))
+        points.append((images, masks, replace(encoder, first=decoder.first, decoder=decoder.decoder)))
     return Activations(tuple(points), config.prompts.rounds)
 
 

@@ -2,13 +2,13 @@
 
 Everything but the choice of an attention kernel is the code that trains; that one asks the device, so it is replaced by
 what a GPU would choose (`pretend_gpu`). The tensors say they live on a CPU, because autograd asks the driver before it
-runs backward for a GPU. What differs there: autocast keeps a few more results in fp32 on a GPU (layer norms).
+runs backward for a GPU. Autocast differs there: layer norms compute and answer in fp32 on a GPU, so they do here.
 
 Letters as in sam_task.py: B images, M masks an image, R rounds.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,10 +45,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Simulation:
-    """A micro-batch of a task. `rounds` is one prompt round (absent for MAE, whose second part is its decoder)."""
+    """A micro-batch of a task."""
 
     encoder: Part
-    decoder: Part  # one round, or MAE's decoder with its loss
+    first: Part  # SAM's first round, which scores more answers than the others; for MAE the same as `decoder`
+    decoder: Part  # one later round, or MAE's decoder with its loss
     output_bytes: float  # of the encoder: embedding and its gradient stay for as long as rounds run
 
 
@@ -58,6 +59,7 @@ def pretend_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch("model.attention.attend", gpu_attend))
         stack.enter_context(patch("model.two_way_transformer.masked_attention", gpu_attention))
+        stack.enter_context(patch("torch.nn.functional.layer_norm", gpu_layer_norm))
         stack.enter_context(without_initialisation())
         stack.enter_context(FakeTensorMode())
         yield
@@ -95,6 +97,13 @@ def gpu_attention(
         bias = bias.expand(*q.shape[:3], k.shape[2])
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
     return kernel(q, k, v, bias, torch.is_grad_enabled(), scale=scale)[0]
+
+
+def gpu_layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """A layer norm as autocast makes it on a GPU."""
+    return torch.layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, shape, weight, bias, eps)
 
 
 class Watch(TorchDispatchMode):
@@ -205,11 +214,12 @@ def stretch(watch: Watch) -> Iterator[Stretch]:
 
 
 def simulate(config: Config, images: int = 1, masks: int = 1) -> Simulation:
-    """One micro-batch forward and backward, encoder and decoder apart; the last phase, where nothing is frozen.
+    """One micro-batch forward and backward, part by part; the last phase, where nothing is frozen.
 
-    SAM's round is the second one (with a mask prompt and room for every later click, as all but the first are).
+    SAM's later round is the second one (with a mask prompt and room for every click, as all but the first are).
     """
     rounds = config.prompts.rounds if isinstance(config, SamConfig) else 1
+    first = first_back = None
     with pretend_gpu():
         task, batch, watch = fake_task(config), fake_batch(config, images, masks), Watch()
         device = torch.device("cpu")
@@ -227,11 +237,16 @@ def simulate(config: Config, images: int = 1, masks: int = 1) -> Simulation:
                     encoded, finish = mae_encode(task, batch)
             output = encoded.detach().requires_grad_()
             if isinstance(task, SamTask):
-                prompts = first = task.first_prompts(output, batch)
+                prompts = task.first_prompts(output, batch)
                 content = content_mask(batch, batch.masks.shape[-1])
                 if rounds > 1:
-                    answer = task.round(output, first, batch, 0).answer
-                    prompts = task.add_click(first, answer, content, batch, 0)
+                    with stretch(watch) as first:
+                        scores = task._checkpointed_round(output, prompts, batch, 0)
+                        loss = scores.loss.sum()
+                        prompts = task.add_click(prompts, scores.answer, content, batch, 0)
+                    with stretch(watch) as first_back:
+                        loss.backward()
+                    del scores, loss
                 with stretch(watch) as decoding:
                     scores = task._checkpointed_round(output, prompts, batch, 1 if rounds > 1 else 0)
                     loss = scores.loss.sum()
@@ -245,7 +260,9 @@ def simulate(config: Config, images: int = 1, masks: int = 1) -> Simulation:
             with stretch(watch) as encoding_back:
                 encoded.backward(output.grad)
     output_bytes = 2.0 * encoded.numel() * encoded.element_size()
-    return Simulation(part(encoding, encoding_back, encoded), part(decoding, decoding_back), output_bytes)
+    later = part(decoding, decoding_back)
+    first_part = part(first, first_back) if first and first_back else later
+    return Simulation(part(encoding, encoding_back, encoded), first_part, later, output_bytes)
 
 
 def mae_encode(task: MaeTask, batch: MaeBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

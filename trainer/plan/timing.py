@@ -42,7 +42,9 @@ def step_roofline(config: Config, costs: Activations, masks: int, gpu: Gpu) -> t
         moved = costs.along(lambda s: part_of(s).bytes_moved + part_of(s).backward_bytes_moved, 1, masks)
         return Roofline(times * flops / gpu.peak_flops, times * moved / gpu.memory_bandwidth)
 
-    return bound(lambda s: s.encoder, 1), bound(lambda s: s.decoder, rounds)
+    first, later = bound(lambda s: s.first, 1), bound(lambda s: s.decoder, rounds - 1)
+    both = Roofline(first.by_flops + later.by_flops, first.by_bytes + later.by_bytes)
+    return bound(lambda s: s.encoder, 1), both
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,10 @@ class ToyTask(nn.Module):
     def shard_units(self) -> list[nn.Module]:
         return list(self.encoder)
 
+    def compile_parts(self) -> None:
+        for block in self.encoder:
+            block.compile()
+
     def _call(self, module: nn.Module, *inputs: Tensor) -> Tensor:
         return checkpoint(module, *inputs, use_reentrant=False) if self.recompute else module(*inputs)
 
