@@ -102,11 +102,7 @@ def build_network(build: Callable[[], Network], config: Config, has_numbers: boo
 
 
 def build_sam_task(
-    config: SamConfig,
-    frozen: tuple[str, ...],
-    initial_weights: bool,
-    has_numbers: bool = True,
-    check_embeddings: bool = True,
+    config: SamConfig, frozen: tuple[str, ...], initial_weights: bool, has_numbers: bool = True
 ) -> SamTask:
     """Stage 2's task. `model.init_from`: MAE weights, or SAM weights under any of the names in model/weights.py."""
     initial_weights &= has_numbers
@@ -129,8 +125,6 @@ def build_sam_task(
         else:
             sam.load_state_dict(fit_sam(weights, sam), strict=True)
             weight_report = f"all {len(weights)} tensors of a SAM from {model.init_from}"
-    if initial_weights and check_embeddings and config.data.embeddings is not None:
-        EmbeddingStore(config.data.embeddings).check_encoder(sam.image_encoder)
     task = SamTask(sam, config, frozen)
     task.weight_report = weight_report
     return task

@@ -22,9 +22,10 @@ import torch
 
 from trainer.checkpoint import Checkpointer, RunState, SaveError, read_run_state
 from trainer.config import Config, ConfigError, SamConfig, dump_config, load_config
+from trainer.data.embeddings import EmbeddingStore, encoder_hash
 from trainer.data.eval_data import evaluation_rows
 from trainer.data.loader import build_batches
-from trainer.distributed import World, start_world, stop_world
+from trainer.distributed import World, broadcast_object, start_world, stop_world
 from trainer.environment import environment
 from trainer.evaluate import diagnose_and_log, evaluate_and_log
 from trainer.flops import flops_per_image, peak_flops
@@ -179,6 +180,8 @@ def run_phase(
     if newest:
         checkpointer.load(newest, engine)
         logger.say(f"going on from {newest}")
+    if isinstance(config, SamConfig) and config.data.embeddings is not None:
+        check_embeddings(EmbeddingStore(config.data.embeddings), engine, world)
     plan = make_plan(config, phase, ends, pipeline, world, state)
     shift = state.samples_seen - state.step * config.batch.global_size
     batches = build_batches(pipeline.dataset, config, world, state.step, ends[phase], shift)
@@ -196,6 +199,14 @@ def run_phase(
         engine.close()
         if sample_log:
             sample_log.close()
+
+
+def check_embeddings(store: EmbeddingStore, engine: Engine, world: World) -> None:
+    """`ValueError` on every rank if another encoder than the one in `engine` made them. All ranks call."""
+    prefix = "sam.image_encoder."
+    weights = engine.full_weights()  # on rank 0
+    encoder = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    store.check_encoder(broadcast_object(encoder_hash(encoder), world))
 
 
 def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, world: World, start: RunState) -> Plan:
