@@ -126,7 +126,9 @@ def size_of_width(width: int) -> Size:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run directory, one of its checkpoints, or a file of weights")
+    parser.add_argument(
+        "run", type=Path, help="run directory, one of its checkpoints, or a file of weights (.pth, .safetensors)"
+    )
     parser.add_argument("--format", choices=FORMATS, default="segment_anything")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)

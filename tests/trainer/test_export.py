@@ -10,7 +10,6 @@ from transformers import SamModel, SamProcessor
 
 from model.build import SIZES, build_sam
 from model.prompt_encoder import Prompts
-from model.weights import fit_sam
 from tests.model.support import difference, randomize
 from tests.model.test_sam import released_sam
 from trainer.export import export, main
@@ -69,8 +68,11 @@ def test_huggingface_predicts_our_masks(saved, tmp_path):
     out = tmp_path / "hf"
     for _ in range(2):  # the second replaces the first
         assert export(file, out, "huggingface") == len(sam.state_dict()) + 1
-    back = fit_sam(read_weights(out / "model.safetensors"), sam)
+    back = read_weights(out / "model.safetensors")  # in our names
     assert all(torch.equal(back[name], value) for name, value in sam.state_dict().items())
+    again = tmp_path / "again.pth"  # what they wrote is taken in too
+    assert export(out / "model.safetensors", again) == len(sam.state_dict())
+    assert read_weights(again).keys() == sam.state_dict().keys()
     peer, info = SamModel.from_pretrained(out, attn_implementation="eager", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
