@@ -116,7 +116,7 @@ def build_sam_task(
         decoder_dropout=model.decoder_dropout,
     )
     sam = build_network(build, config, has_numbers)
-    weight_report = ""
+    report = None
     if initial_weights and model.init_from is not None:
         weights = read_weights(model.init_from)
         found = encoder_size(weights)
@@ -128,13 +128,10 @@ def build_sam_task(
         name = f"model.init_from: {model.init_from}"
         if any(name.startswith("decoder_blocks.") or name == "cls_token" for name in weights):
             report = mae_to_sam(weights, sam, model.patch_resize, name)
-            weight_report = report.summary()
-            print(weight_report, flush=True)
         else:
-            sam_to_sam(weights, sam, name)
-            weight_report = f"all {len(weights)} tensors of a SAM from {model.init_from}"
+            report = sam_to_sam(weights, sam, name)
     task = SamTask(sam, config, frozen)
-    task.weight_report = weight_report
+    task.weight_report = report
     return task
 
 

@@ -46,6 +46,7 @@ from trainer.optim import (
     base_lr,
     check_rates,
     describe_groups,
+    describe_rates,
     first_trained,
     lr_at,
     param_groups,
@@ -168,14 +169,20 @@ def run_phase(
     has_numbers = world.is_main or not config.engine.meta_init
     task = build_task(config, config.phases[phase].frozen, initial_weights=newest is None, has_numbers=has_numbers)
     if isinstance(task, SamTask) and task.weight_report:
-        logger.text("initial_weights", task.weight_report)
+        logger.say(task.weight_report.summary())
+        logger.text("initial_weights", task.weight_report.summary())
+        logger.file("initial_weights.txt", f"# from {config.model.init_from}\n{task.weight_report}")
+    names = [name for name, _ in task.named_parameters()]
     depth = encoder_depth(config) if isinstance(config, SamConfig) else 0
     groups = param_groups(task.named_parameters(), config.optim, depth, first_trained(config.phases))
     engine = build_engine(task, config, groups, world)
-    check_rates(engine.rates(), groups, config.optim.lr)
+    rates, peak = engine.rates(), base_lr(config.optim, config.batch)
+    check_rates(rates, groups, config.optim.lr)
+    head = f"# phase {config.phases[phase].name} from step {state.step}\n"
+    logger.file("rates.txt", head + describe_rates(rates, names, config.optim.lr, peak))
     if config.optim.ema_decay is not None:
         engine = AveragedEngine(engine, groups, config.optim.ema_decay)
-    for line in describe_groups(groups, base_lr(config.optim, config.batch)):
+    for line in describe_groups(groups, peak):
         logger.say(line)
     if newest:
         checkpointer.load(newest, engine)

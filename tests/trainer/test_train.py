@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -213,7 +214,16 @@ def test_what_decides_what_is_learned_is_in_the_recipe(scenes):
 
 def test_sam_takes_the_encoder_of_a_mae_run(scenes, mae_run, tmp_path, capsys):
     assert train.main(sam_arguments(scenes, tmp_path, f"model.init_from={mae_run}", "optim.lr=1e-12")) == 0
-    assert "carried" in capsys.readouterr().out
+    assert "MAE to SAM: 51 carried" in capsys.readouterr().out
+    report = (tmp_path / "initial_weights.txt").read_text().splitlines()
+    assert report[0] == f"# from {mae_run}"
+    kinds = Counter(line.split()[0] for line in report[1:])
+    tasks = train.build_task(train.load_config(*split(sam_arguments(scenes, tmp_path))), (), False)
+    assert sum(kinds[kind] for kind in ("carried", "resized", "new")) == len(tasks.sam.state_dict())
+    assert kinds["dropped"] > 10
+    rates = (tmp_path / "rates.txt").read_text().splitlines()
+    assert rates[0] == "# phase joint from step 2"
+    assert {line.split()[-1] for line in rates[2:]} == {name for name, _ in tasks.sam.named_parameters()}
     mae, sam = load_weights(newest(mae_run)), load_weights(newest(tmp_path))
     name = "blocks.1.mlp.lin1.weight"
     torch.testing.assert_close(sam[f"sam.image_encoder.{name}"], mae[f"mae.{name}"], rtol=0, atol=1e-6)
