@@ -1,6 +1,6 @@
 """Weights in and out: MAE into SAM with a report of every parameter, and the names that other packages use.
 
-* `fit_sam`: start from SAM's own weights, at any input size.
+* `sam_to_sam`: start from SAM's own weights, at any input size.
 * `mae_to_sam`: start SAM's image encoder from a masked autoencoder (ViTDet, arXiv 2203.16527, A.2; SAM, appendix A).
 * `mae_from_released`, `mae_to_released`: files of the MAE authors' format.
 * `sam_from_huggingface`, `sam_to_huggingface`: transformers' `SamModel`.
@@ -42,6 +42,7 @@ class TransferLine:
 class TransferReport:
     """One line for every parameter of the target, then one for every parameter of the source that was left behind."""
 
+    source: Literal["MAE", "SAM"]
     lines: tuple[TransferLine, ...]
 
     def names(self, action: str) -> list[str]:
@@ -50,7 +51,7 @@ class TransferReport:
     def summary(self) -> str:
         """Counts, and every line that is not a plain copy."""
         counts = {action: len(self.names(action)) for action in ("carried", "resized", "new", "dropped")}
-        head = "MAE to SAM: " + ", ".join(f"{count} {action}" for action, count in counts.items())
+        head = f"{self.source} to SAM: " + ", ".join(f"{count} {action}" for action, count in counts.items())
         return "\n".join([head, *(str_line(line) for line in self.lines if line.action == "resized")])
 
     def __str__(self) -> str:
@@ -61,12 +62,22 @@ def str_line(line: TransferLine) -> str:
     return f"{line.action:8} {line.name}  {line.note}"
 
 
-def mae_to_sam(mae_weights: Weights, sam: Sam, patch_resize: PatchResize = "bicubic") -> TransferReport:
+def refuse_misfits(problems: list[str], source: str) -> None:
+    """`ValueError` with the first few of `problems`, if there are any; of another model's file all names are wrong."""
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{source} will not go into this SAM: {'; '.join(problems[:5])}{more}")
+
+
+def mae_to_sam(
+    mae_weights: Weights, sam: Sam, patch_resize: PatchResize = "bicubic", source_name: str = "the weights"
+) -> TransferReport:
     """Copy a masked autoencoder's encoder (our names or the released ones) into `sam`, in place.
 
     The position table is resized bicubically to SAM's grid, a patch kernel of another size by `patch_resize`:
     "bicubic" as ViTDet says, "pseudo_inverse" so that a resized patch gives the same token (see `resize_patch_kernel`).
     Relative positions become zero, so that each block starts as the function it was; all else of SAM stays.
+    Raises `ValueError`, naming `source_name`, if anything does not fit.
     """
     source = mae_from_released(mae_weights)
     target = sam.state_dict()
@@ -93,10 +104,9 @@ def mae_to_sam(mae_weights: Weights, sam: Sam, patch_resize: PatchResize = "bicu
             lines.append(TransferLine(key, "dropped", "the autoencoder's own"))
         elif key not in used:
             problems.append(f"{key} has no place in SAM")
-    if problems:
-        raise ValueError("the weights do not fit this SAM: " + "; ".join(problems))
+    refuse_misfits(problems, source_name)
     sam.load_state_dict(target, strict=True)
-    return TransferReport(tuple(lines))
+    return TransferReport("MAE", tuple(lines))
 
 
 def fit(key: str, value: Tensor, shape: torch.Size, patch_resize: PatchResize) -> tuple[Tensor, str]:
@@ -116,24 +126,41 @@ def fit(key: str, value: Tensor, shape: torch.Size, patch_resize: PatchResize) -
     return value, ""
 
 
-def fit_sam(weights: Weights, sam: Sam) -> Weights:
-    """SAM weights (our names, which are segment_anything's, or transformers') with their tables resized to `sam`.
+def sam_to_sam(weights: Weights, sam: Sam, source_name: str = "the weights") -> TransferReport:
+    """Copy all SAM weights (our names, which are segment_anything's) into `sam`, in place.
 
     Another input size changes the position table, resized bicubically, and the relative tables of global blocks,
-    resized linearly as the network itself would do. Whatever else does not fit is left for the strict load to name.
+    resized linearly as the network itself would do. Raises `ValueError`, naming `source_name`, if anything else
+    does not fit.
     """
-    if any(name.startswith("vision_encoder.") for name in weights):
-        weights = sam_from_huggingface(weights)
-    target, fitted = sam.state_dict(), dict(weights)
-    for name, value in weights.items():
-        wanted = target.get(name)
-        if wanted is None or wanted.shape == value.shape:
+    target = sam.state_dict()
+    lines: list[TransferLine] = []
+    problems: list[str] = []
+    for name, current in target.items():
+        if name not in weights:
+            problems.append(f"{name} is missing")
             continue
-        if name == "image_encoder.pos_embed" and value.dim() == 4 and wanted.shape[-1] == value.shape[-1]:
-            fitted[name] = resize_pos_embed(value, (wanted.shape[1], wanted.shape[2]))
-        elif ".rel_pos_" in name and wanted.shape[-1] == value.shape[-1]:
-            fitted[name] = resize_rel_pos(value, (wanted.shape[0] + 1) // 2)
-    return fitted
+        value, note = fit_table(name, weights[name], current.shape)
+        if value.shape != current.shape:
+            problems.append(f"{name} has shape {tuple(value.shape)}, SAM needs {tuple(current.shape)}")
+        lines.append(TransferLine(name, "resized" if note else "carried", note or str(tuple(current.shape))))
+        target[name] = value
+    problems += [f"{name} has no place in SAM" for name in weights if name not in target]
+    refuse_misfits(problems, source_name)
+    sam.load_state_dict(target, strict=True)
+    return TransferReport("SAM", tuple(lines))
+
+
+def fit_table(name: str, value: Tensor, shape: torch.Size) -> tuple[Tensor, str]:
+    """A SAM's tensor with its table of positions, if it is one, at another size; and what was done ("" for nothing)."""
+    if value.shape == shape or value.dim() != len(shape) or value.shape[-1] != shape[-1]:
+        return value, ""
+    if name == "image_encoder.pos_embed":
+        note = f"grid {value.shape[1]}x{value.shape[2]} -> {shape[1]}x{shape[2]}, bicubic"
+        return resize_pos_embed(value, (shape[1], shape[2])), note
+    if ".rel_pos_" in name:
+        return resize_rel_pos(value, (shape[0] + 1) // 2), f"{value.shape[0]} -> {shape[0]} offsets, linear"
+    return value, ""
 
 
 def resize_patch_kernel(kernel: Tensor, size: int, method: PatchResize) -> Tensor:

@@ -4,12 +4,14 @@
     python -m trainer.embed launch/configs/sam_finetune.yaml data.embeddings=/scratch/embeddings
 
 One process, on the GPU if there is one. An image of 1024 pixels takes 2 MiB (256 x 64 x 64 float16), so 10,000 images
-take 20 GiB. Start it again after an interruption: rows that are there stay. Only images that the run trains on are
-computed; evaluation encodes its images itself.
+take 20 GiB. Start it again after an interruption: rows that are there stay. A directory of another encoder or other
+data is refused. Only images that the run trains on are computed; evaluation encodes its images itself.
 """
 
 import argparse
 import json
+import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 
 from trainer.config import ConfigError, SamConfig, load_config
-from trainer.data.embeddings import STAMP_NAME, encoder_hash
+from trainer.data.embeddings import STAMP_NAME, encoder_hash, read_made_of
 from trainer.data.eval_data import evaluation_batch
 from trainer.data.shards import open_shards
 from trainer.distributed import single_process
@@ -35,9 +37,9 @@ def embed(config: SamConfig, out: Path) -> int:
     reader = open_shards(config.data.shards, config.data.remote)
     trained, _ = reader.split(config.data.holdout_images)
     rows = np.concatenate([shard.rows() for shard in trained])
-    sam = build_sam_task(config, ("image_encoder",), initial_weights=True, check_embeddings=False).sam
+    sam = build_sam_task(config, ("image_encoder",), initial_weights=True).sam
     made_of = {
-        "encoder": encoder_hash(sam.image_encoder),
+        "encoder": encoder_hash(sam.image_encoder.state_dict()),
         "data": reader.fingerprint(),
         "image_size": config.model.image_size,
         "precision": config.engine.precision,
@@ -47,6 +49,8 @@ def embed(config: SamConfig, out: Path) -> int:
     shape = (reader.manifest.num_positions, sam.prompt_encoder.embed_dim, side, side)
     values, done = open_arrays(out, shape, made_of)
     waiting = rows[done[rows] == 0]
+    check_space(out, len(waiting), shape)
+    (out / STAMP_NAME).unlink(missing_ok=True)
     started = time.perf_counter()
     for first in range(0, len(waiting), BATCH):
         part = waiting[first : first + BATCH]
@@ -65,17 +69,37 @@ def embed(config: SamConfig, out: Path) -> int:
 
 
 def open_arrays(out: Path, shape: tuple[int, ...], made_of: dict[str, object]) -> tuple[np.memmap, np.memmap]:
-    """The two files of a store, kept if they were begun with the same encoder, data and size, else made anew."""
+    """The two files of a store: those that are there, or new ones. `ValueError` if they were made of anything else."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"data.embeddings: {out} is a file; name a directory")
     out.mkdir(parents=True, exist_ok=True)
-    (out / STAMP_NAME).unlink(missing_ok=True)
     begun = out / "begun.json"
-    if begun.is_file() and json.loads(begun.read_text()) == made_of:
-        return tuple(np.lib.format.open_memmap(out / name, mode="r+") for name in ("embeddings.npy", "done.npy"))
+    for said in (begun, out / STAMP_NAME):
+        there = read_made_of(said) if said.is_file() else made_of
+        if others := [key for key in made_of if there.get(key) != made_of[key]]:
+            raise ValueError(
+                f"data.embeddings: {out} holds embeddings of another {' and '.join(others)}; name another directory, "
+                "or remove this one if no run needs it any more"
+            )
+    files = (out / "embeddings.npy", out / "done.npy")
+    if begun.is_file() and all(file.is_file() for file in files):
+        return tuple(np.lib.format.open_memmap(file, mode="r+") for file in files)
     begun.unlink(missing_ok=True)
-    values = np.lib.format.open_memmap(out / "embeddings.npy", mode="w+", dtype=np.float16, shape=shape)
-    done = np.lib.format.open_memmap(out / "done.npy", mode="w+", dtype=np.uint8, shape=shape[:1])
+    values = np.lib.format.open_memmap(files[0], mode="w+", dtype=np.float16, shape=shape)
+    done = np.lib.format.open_memmap(files[1], mode="w+", dtype=np.uint8, shape=shape[:1])
     begun.write_text(json.dumps(made_of))
     return values, done
+
+
+def check_space(out: Path, num_images: int, shape: tuple[int, ...]) -> None:
+    """`ValueError` unless that many rows fit on the disk: a full one would end the process without a word."""
+    needed = num_images * math.prod(shape[1:]) * np.dtype(np.float16).itemsize
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise ValueError(
+            f"data.embeddings: {num_images} images take {needed / 2**30:.1f} GiB ({shape[1:]} float16 each), and on "
+            f"the disk of {out} {free / 2**30:.1f} GiB are free; make room or name a directory elsewhere"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from data_tools import rle
+from model.weights import sam_to_sam
 from trainer.checkpoint import Checkpointer, load_weights
 from trainer.config import ConfigError, SamConfig, load_config
 from trainer.data.eval_data import (
@@ -285,7 +286,7 @@ def load_network(path: Path, overrides: list[str], untrained: bool) -> tuple[Sam
         weights = read_weights(path)
         config = config_for_weights(weights, overrides)
         task = build_sam_task(config, frozen=(), initial_weights=False)
-        task.sam.load_state_dict(weights, strict=True)
+        sam_to_sam(weights, task.sam, str(path))
         return config, task
     loaded = load_config(path / "config.yaml", overrides, check_paths=False)
     if not isinstance(loaded, SamConfig):

@@ -8,7 +8,8 @@
 `segment_anything`: a plain `torch.save` state dict, fp32, with exactly the released key names; the package's
 `sam_model_registry[...](checkpoint=...)` takes it. `huggingface`: what transformers' `SamModel.from_pretrained` and
 `SamProcessor.from_pretrained` take. `timm`: the state dict of `timm.create_model("samvit_*_patch16", num_classes=0)`.
-Averaged weights (optim.ema_decay) are what is written where the run has them.
+Averaged weights (optim.ema_decay) are what is written where the run has them. What was written is read back and
+compared before it takes its name.
 """
 
 import argparse
@@ -19,9 +20,9 @@ from typing import Any
 
 import torch
 
-from model.build import SIZES, Size
-from model.weights import Weights, encoder_to_timm, sam_to_huggingface
-from trainer.stages import read_weights
+from model.build import SIZES, Size, build_sam
+from model.weights import Weights, encoder_from_timm, encoder_to_timm, refuse_misfits, sam_to_huggingface
+from trainer.stages import read_weights, sam_size
 
 FORMATS = ("segment_anything", "huggingface", "timm")
 
@@ -29,23 +30,75 @@ FORMATS = ("segment_anything", "huggingface", "timm")
 def export(run: Path, out: Path, file_format: str = "segment_anything") -> int:
     """Write the newest weights of `run` to `out`, whole or not at all; returns the number of tensors.
 
-    Raises `ValueError` if they are no SAM's, or if `out` holds anything but an earlier export.
+    Raises `ValueError` if they are not a whole SAM's, if `out` holds anything but an earlier export, or if the file
+    does not hold what was written to it.
     """
     check_target(out, file_format)
     weights = {name: tensor.float().contiguous() for name, tensor in read_weights(run).items()}
     if "image_encoder.pos_embed" not in weights:
         raise ValueError(f"{run} holds no SAM weights; a run of stage 1 goes into stage 2 through model.init_from")
-    temporary = out.with_name(out.name + ".tmp")
+    size, image_size = sam_size(weights)
+    with torch.device("meta"):
+        target = build_sam(size, image_size=image_size).state_dict()
+    refuse_misfits(misfits(weights, target), str(run))
+    ours, temporary = weights, out.with_name(out.name + ".tmp")
     if file_format == "huggingface":
         weights = sam_to_huggingface(weights)
         write_huggingface(weights, temporary)
-        if out.exists():
-            shutil.rmtree(out)
     else:
         weights = encoder_to_timm(weights) if file_format == "timm" else weights
         torch.save(weights, temporary)
+    check_written(temporary, ours, file_format)
+    if out.is_dir():
+        shutil.rmtree(out)
     temporary.replace(out)
+    if note := loading_note(size, image_size, file_format):
+        print(f"{out}: {note}", file=sys.stderr)
     return len(weights)
+
+
+def misfits(weights: Weights, target: Weights) -> list[str]:
+    """What a strict load of `weights` into the network with the state dict `target` would complain of."""
+    problems = [f"{name} is missing" for name in target if name not in weights]
+    problems += [f"{name} has no place in SAM" for name in weights if name not in target]
+    problems += [
+        f"{name} has shape {tuple(weights[name].shape)}, SAM needs {tuple(value.shape)}"
+        for name, value in target.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    return problems
+
+
+def check_written(path: Path, ours: Weights, file_format: str) -> None:
+    """`ValueError` unless an export, read back and renamed, is what was exported. Needs none of the other packages."""
+    found = read_weights(path / "model.safetensors" if file_format == "huggingface" else path)
+    if file_format == "timm":
+        found = {f"image_encoder.{name}": value for name, value in encoder_from_timm(found).items()}
+        ours = {name: value for name, value in ours.items() if name in found or name.startswith("image_encoder.")}
+    problems = misfits(found, ours)
+    problems += [
+        f"{name} has other values" for name in ours if not problems and not torch.equal(found[name], ours[name])
+    ]
+    if problems:
+        raise ValueError(
+            f"{path} does not hold what was written to it: {'; '.join(problems[:5])}; is the disk in order?"
+        )
+
+
+def loading_note(size: str, image_size: int, file_format: str) -> str:
+    """What to know before loading a model that the other package does not build by itself; "" for nothing."""
+    if file_format == "huggingface":  # its config.json says all
+        return ""
+    if size == "vit_tiny":
+        return f"{size} is this project's own; no registry builds it, --format huggingface needs none"
+    if image_size == 1024:
+        return ""
+    if file_format == "timm":
+        return f"the input is {image_size} pixels: timm.create_model(..., num_classes=0, img_size={image_size})"
+    return (
+        f"the input is {image_size} pixels, and segment_anything's sam_model_registry builds {size} for 1024 alone: it "
+        'refuses this file. The lines that load it: docs/weights.md, "Another size". --format huggingface needs none'
+    )
 
 
 def check_target(out: Path, file_format: str) -> None:
@@ -126,7 +179,9 @@ def size_of_width(width: int) -> Size:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run directory, one of its checkpoints, or a file of weights")
+    parser.add_argument(
+        "run", type=Path, help="run directory, one of its checkpoints, or a file of weights (.pth, .safetensors)"
+    )
     parser.add_argument("--format", choices=FORMATS, default="segment_anything")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)

@@ -127,7 +127,7 @@ class Logger:
     """Writes on rank 0; silent elsewhere. `step` is the number of optimizer updates done."""
 
     def __init__(self, run_dir: Path, world: World) -> None:
-        self.active = world.is_main
+        self.active, self.run_dir = world.is_main, run_dir
         if self.active:
             run_dir.mkdir(parents=True, exist_ok=True)
             self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
@@ -149,6 +149,11 @@ class Logger:
         """A text as it stands; the newest of a name is shown."""
         if self.active:
             self.tensorboard.add_text(name, "\n".join("    " + line for line in text.splitlines()))
+
+    def file(self, name: str, text: str) -> None:
+        """A text as a file of the run directory, for grep; it replaces the one before."""
+        if self.active:
+            (self.run_dir / name).write_text(text + "\n")
 
     def say(self, line: str) -> None:
         if self.active:

@@ -61,6 +61,18 @@ def describe_groups(groups: Sequence[ParamGroup], peak: float) -> list[str]:
     return lines
 
 
+def describe_rates(rates: dict[str, tuple[float, float]], names: Sequence[str], lr: float, peak: float) -> str:
+    """One line a parameter: peak rate, multiplier, decay, as an engine has them that was set to `lr`."""
+    lines = [f"{'peak rate':10} {'x':8} {'decay':6} parameter"]
+    for name in names:
+        numbers = f"{'frozen':26}"
+        if name in rates:
+            rate, decay = rates[name]
+            numbers = f"{peak * rate / lr:<10.4g} {rate / lr:<8.4g} {decay:<6g}"
+        lines.append(f"{numbers} {name.split('.', 1)[1]}")
+    return "\n".join(lines)
+
+
 def check_rates(rates: dict[str, tuple[float, float]], groups: Sequence[ParamGroup], lr: float) -> None:
     """`ValueError` unless every parameter has its group's rate and decay inside the engine, when it was set to `lr`."""
     wanted = {name: (lr * group.lr_scale, group.weight_decay) for group in groups for name in group.names}

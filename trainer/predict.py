@@ -24,6 +24,7 @@ from data_tools import rle
 from model.build import build_sam
 from model.prompt_encoder import Prompts
 from model.sam import Sam
+from model.weights import sam_to_sam
 from trainer.automatic import Found, Settings, annotation, automatic_masks, embed, inclusive_box, stability
 from trainer.config import SamConfig, load_config
 from trainer.distributed import single_process
@@ -38,7 +39,9 @@ Box = tuple[float, float, float, float]
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path, help="run directory, one of its checkpoints, or a file (.pth)")
+    parser.add_argument(
+        "weights", type=Path, help="run directory, one of its checkpoints, or a file (.pth, .safetensors)"
+    )
     parser.add_argument("image", type=Path)
     parser.add_argument("--everything", action="store_true", help="all masks, from a grid of points")
     parser.add_argument("--point", type=parse_point, action="append", default=[], metavar="X,Y[,LABEL]")
@@ -95,7 +98,7 @@ def load_sam(path: Path) -> tuple[Sam, bool, bool]:
     weights = read_weights(path)
     size, image_size = sam_size(weights)
     sam = build_sam(size, image_size=image_size)
-    sam.load_state_dict(weights, strict=True)
+    sam_to_sam(weights, sam, str(path))
     settings = next((p / "config.yaml" for p in (path, path.parent.parent) if (p / "config.yaml").is_file()), None)
     single = single_for_boxes = False
     if settings is not None and not path.is_file():

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.prompt_encoder import Prompts as PromptBatch
 from model.sam import Sam, SamOutput
+from model.weights import TransferReport
 from trainer.config import SamConfig
 from trainer.data.batches import SamBatch
 from trainer.data.images import jitter_colors
@@ -47,7 +48,7 @@ class Scores:
 class SamTask(nn.Module):
     """`forward(batch) -> (loss, metrics)`; in evaluation `EvalBatch -> EvalScores`, `DiagnosticBatch -> sums`."""
 
-    weight_report: str = ""  # what came from where, for the log; empty for random weights
+    weight_report: TransferReport | None = None  # what came from model.init_from, on ranks that read it
 
     def __init__(self, sam: Sam, config: SamConfig, frozen: tuple[str, ...]) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """What differs between the two stages: a task module and a data pipeline. Everything else is shared."""
 
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from model.build import SIZES, build_mae, build_sam, init_weights
-from model.weights import fit_sam, mae_to_sam
+from model.weights import mae_to_sam, sam_from_huggingface, sam_to_sam
 from trainer.checkpoint import Checkpointer, load_weights
 from trainer.config import Config, SamConfig
 from trainer.data.embeddings import EmbeddingStore
@@ -102,11 +103,7 @@ def build_network(build: Callable[[], Network], config: Config, has_numbers: boo
 
 
 def build_sam_task(
-    config: SamConfig,
-    frozen: tuple[str, ...],
-    initial_weights: bool,
-    has_numbers: bool = True,
-    check_embeddings: bool = True,
+    config: SamConfig, frozen: tuple[str, ...], initial_weights: bool, has_numbers: bool = True
 ) -> SamTask:
     """Stage 2's task. `model.init_from`: MAE weights, or SAM weights under any of the names in model/weights.py."""
     initial_weights &= has_numbers
@@ -119,40 +116,56 @@ def build_sam_task(
         decoder_dropout=model.decoder_dropout,
     )
     sam = build_network(build, config, has_numbers)
-    weight_report = ""
+    report = None
     if initial_weights and model.init_from is not None:
         weights = read_weights(model.init_from)
+        found = encoder_size(weights)
+        if found not in (None, model.size):
+            raise ValueError(
+                f"model.init_from: {model.init_from} is a {found}, model.size is {model.size}: set model.size={found}, "
+                f"or name weights of a {model.size}"
+            )
+        name = f"model.init_from: {model.init_from}"
         if any(name.startswith("decoder_blocks.") or name == "cls_token" for name in weights):
-            report = mae_to_sam(weights, sam, patch_resize=model.patch_resize)
-            weight_report = report.summary()
-            print(weight_report, flush=True)
+            report = mae_to_sam(weights, sam, model.patch_resize, name)
         else:
-            sam.load_state_dict(fit_sam(weights, sam), strict=True)
-            weight_report = f"all {len(weights)} tensors of a SAM from {model.init_from}"
-    if initial_weights and check_embeddings and config.data.embeddings is not None:
-        EmbeddingStore(config.data.embeddings).check_encoder(sam.image_encoder)
+            report = sam_to_sam(weights, sam, name)
     task = SamTask(sam, config, frozen)
-    task.weight_report = weight_report
+    task.weight_report = report
     return task
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Network weights from a run directory, one of its checkpoints, or a file (`.pth`, `.safetensors`).
 
-    Names are the network's own: the task's prefix is removed. Where a checkpoint holds averaged weights
-    (optim.ema_decay) they are what is read. Raises `ValueError` if nothing is found.
+    Names are the network's own: the task's prefix is removed, transformers' names of a SAM become ours. Where a
+    checkpoint holds averaged weights (optim.ema_decay) they are what is read. Raises `ValueError` if nothing is found,
+    or if any value is not finite.
     """
     if path.is_file():
-        return read_weights_file(path)
+        weights = read_weights_file(path)
+        if any(name.startswith("vision_encoder.") for name in weights):
+            weights = sam_from_huggingface(weights)
+    else:
+        path = checkpoint_of(path)
+        weights = {name.split(".", 1)[1]: value for name, value in load_weights(path).items()}
+    if bad := [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise ValueError(f"{path} holds values that are not finite (NaN or infinite) in {', '.join(bad[:5])}{more}")
+    return weights
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The newest checkpoint of a run directory; a checkpoint itself. Raises `ValueError` if it is neither."""
     checkpoints = path / "checkpoints"
     if checkpoints.is_dir():
         newest = Checkpointer(checkpoints, 1, single_process()).newest()
         if newest is None:
             raise ValueError(f"{checkpoints} holds no complete checkpoint")
-        path = newest
-    elif not (path / "COMPLETE").is_file():
+        return newest
+    if not (path / "COMPLETE").is_file():
         raise ValueError(f"{path} is neither a run, a complete checkpoint nor a file of weights")
-    return {name.split(".", 1)[1]: value for name, value in load_weights(path).items()}
+    return path
 
 
 def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
@@ -179,12 +192,20 @@ def sam_size(weights: Mapping[str, torch.Tensor]) -> tuple[str, int]:
     """Size and input pixels a side, from a SAM's weights. Raises `ValueError` if they are of no known size."""
     if "image_encoder.pos_embed" not in weights:
         raise ValueError("these are no weights of a SAM: image_encoder.pos_embed is not among them")
-    _, side, _, width = weights["image_encoder.pos_embed"].shape
-    depth = len({name.split(".")[2] for name in weights if name.startswith("image_encoder.blocks.")})
-    for name, size in SIZES.items():
-        if (size.embed_dim, size.depth) == (width, depth):
-            return name, 16 * side
-    raise ValueError(f"an encoder of {depth} blocks of width {width} is none of {', '.join(SIZES)}")
+    size = encoder_size(weights)
+    if size is None:
+        raise ValueError(f"the image encoder's width and number of blocks are those of none of {', '.join(SIZES)}")
+    return size, 16 * weights["image_encoder.pos_embed"].shape[1]
+
+
+def encoder_size(weights: Mapping[str, torch.Tensor]) -> str | None:
+    """Which of SIZES a SAM or a masked autoencoder has, by its encoder's width and depth; None if none of them."""
+    table = weights.get("image_encoder.pos_embed", weights.get("pos_embed"))
+    blocks = {found[1] for name in weights if (found := re.match(r"(?:image_encoder\.)?blocks\.(\d+)\.", name))}
+    if table is None or table.dim() == 0:
+        return None
+    width, depth = table.shape[-1], len(blocks)
+    return next((name for name, size in SIZES.items() if (size.embed_dim, size.depth) == (width, depth)), None)
 
 
 def encoder_depth(config: SamConfig) -> int:

@@ -22,9 +22,10 @@ import torch
 
 from trainer.checkpoint import Checkpointer, RunState, SaveError, read_run_state
 from trainer.config import Config, ConfigError, SamConfig, dump_config, load_config
+from trainer.data.embeddings import EmbeddingStore, encoder_hash
 from trainer.data.eval_data import evaluation_rows
 from trainer.data.loader import build_batches
-from trainer.distributed import World, start_world, stop_world
+from trainer.distributed import World, broadcast_object, start_world, stop_world
 from trainer.environment import environment
 from trainer.evaluate import diagnose_and_log, evaluate_and_log
 from trainer.flops import flops_per_image, peak_flops
@@ -45,6 +46,7 @@ from trainer.optim import (
     base_lr,
     check_rates,
     describe_groups,
+    describe_rates,
     first_trained,
     lr_at,
     param_groups,
@@ -167,18 +169,26 @@ def run_phase(
     has_numbers = world.is_main or not config.engine.meta_init
     task = build_task(config, config.phases[phase].frozen, initial_weights=newest is None, has_numbers=has_numbers)
     if isinstance(task, SamTask) and task.weight_report:
-        logger.text("initial_weights", task.weight_report)
+        logger.say(task.weight_report.summary())
+        logger.text("initial_weights", task.weight_report.summary())
+        logger.file("initial_weights.txt", f"# from {config.model.init_from}\n{task.weight_report}")
+    names = [name for name, _ in task.named_parameters()]
     depth = encoder_depth(config) if isinstance(config, SamConfig) else 0
     groups = param_groups(task.named_parameters(), config.optim, depth, first_trained(config.phases))
     engine = build_engine(task, config, groups, world)
-    check_rates(engine.rates(), groups, config.optim.lr)
+    rates, peak = engine.rates(), base_lr(config.optim, config.batch)
+    check_rates(rates, groups, config.optim.lr)
+    head = f"# phase {config.phases[phase].name} from step {state.step}\n"
+    logger.file("rates.txt", head + describe_rates(rates, names, config.optim.lr, peak))
     if config.optim.ema_decay is not None:
         engine = AveragedEngine(engine, groups, config.optim.ema_decay)
-    for line in describe_groups(groups, base_lr(config.optim, config.batch)):
+    for line in describe_groups(groups, peak):
         logger.say(line)
     if newest:
         checkpointer.load(newest, engine)
         logger.say(f"going on from {newest}")
+    if isinstance(config, SamConfig) and config.data.embeddings is not None:
+        check_embeddings(EmbeddingStore(config.data.embeddings), engine, world)
     plan = make_plan(config, phase, ends, pipeline, world, state)
     shift = state.samples_seen - state.step * config.batch.global_size
     batches = build_batches(pipeline.dataset, config, world, state.step, ends[phase], shift)
@@ -196,6 +206,14 @@ def run_phase(
         engine.close()
         if sample_log:
             sample_log.close()
+
+
+def check_embeddings(store: EmbeddingStore, engine: Engine, world: World) -> None:
+    """`ValueError` on every rank if another encoder than the one in `engine` made them. All ranks call."""
+    prefix = "sam.image_encoder."
+    weights = engine.full_weights()  # on rank 0
+    encoder = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    store.check_encoder(broadcast_object(encoder_hash(encoder), world))
 
 
 def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, world: World, start: RunState) -> Plan:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.build import build_mae, build_sam
-from model.weights import fit_sam, mae_from_released, mae_to_released, mae_to_sam, resize_patch_kernel
+from model.weights import mae_from_released, mae_to_released, mae_to_sam, resize_patch_kernel, sam_to_sam
 from tests.model.support import difference
 from tests.model.test_sam import mixed_prompts, released_answers, released_sam
 
@@ -156,15 +156,19 @@ def test_sam_weights_fit_another_input_size():
     with torch.no_grad():
         for parameter in large.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    fitted = fit_sam(large.state_dict(), small)
-    small.load_state_dict(fitted, strict=True)
+    report = sam_to_sam(large.state_dict(), small)
+    assert {line.name for line in report.lines} == set(small.state_dict())
+    assert "image_encoder.pos_embed" in report.names("resized")
+    assert "image_encoder.neck.0.weight" in report.names("carried")
     images = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
         assert difference(small.encode_images(images), large.encode_images(images)) < 1e-5
     broken = dict(large.state_dict())
     broken["image_encoder.neck.0.weight"] = torch.zeros(3, 3, 1, 1)
-    with pytest.raises(RuntimeError, match=r"image_encoder\.neck\.0\.weight"):
-        small.load_state_dict(fit_sam(broken, small), strict=True)
+    with pytest.raises(ValueError, match=r"sam\.pth will not go .*image_encoder\.neck\.0\.weight has shape"):
+        sam_to_sam(broken, small, "sam.pth")
+    with pytest.raises(ValueError, match=r"(\S+ is missing; ){5}and \d+ more$"):
+        sam_to_sam({}, small)
 
 
 @pytest.mark.skipif(SAM_FILE is None, reason="set SAM_CHECKPOINT to a released sam_vit_{b,l,h}_*.pth")

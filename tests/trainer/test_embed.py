@@ -1,6 +1,7 @@
 """A frozen encoder's embeddings, computed once: the same training, and nothing is mixed up."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -42,18 +43,58 @@ def test_training_on_embeddings_is_training_on_images(scenes, tmp_path):
     assert train.main([*arguments, f"run_dir={tmp_path / 'again'}"]) == 2, "not finished"
 
 
-def test_another_encoder_other_data_another_size_are_refused(scenes, tmp_path):
+def test_another_encoder_other_data_another_size_are_refused(scenes, tmp_path, capsys):
     cached = [*FROZEN, f"data.embeddings={tmp_path / 'store'}"]
     arguments = sam_arguments(scenes, tmp_path / "run", *cached)
     assert embed.main(arguments) == 0
-    config = load_config(Path(arguments[0]), [*arguments[1:], "seed=1"])
-    with pytest.raises(ValueError, match="another image encoder"):
-        build_task(config, ("image_encoder",), initial_weights=True)
+    assert train.main([*arguments, "seed=1"]) == 2
+    assert "comes from another image encoder" in capsys.readouterr().err
     store = EmbeddingStore(tmp_path / "store")
     with pytest.raises(ValueError, match="made with data"):
         store.check("something else", 64)
     with pytest.raises(ValueError, match="made with image_size 64"):
         store.check(store.made_of["data"], 128)
+
+
+def test_a_run_does_not_go_on_with_another_encoders_embeddings(scenes, tmp_path, capsys):
+    mine, other = (f"data.embeddings={tmp_path / name}" for name in ("mine", "other"))
+    arguments = sam_arguments(scenes, tmp_path / "run", *FROZEN, "checkpoint.every_steps=2")
+    assert embed.main([*arguments, mine]) == 0
+    assert embed.main([*arguments, other, "seed=1"]) == 0
+    assert train.main([*arguments, mine]) == 0
+    newest = max((tmp_path / "run" / "checkpoints").glob("step_*"))
+    shutil.rmtree(newest)  # two of four steps are left
+    assert train.main([*arguments, other]) == 2
+    assert f"{tmp_path / 'other'} comes from another image encoder" in capsys.readouterr().err
+    assert train.main([*arguments, mine]) == 0
+    assert newest.is_dir()
+
+
+def test_what_is_there_is_not_overwritten(scenes, tmp_path, capsys):
+    store = tmp_path / "store"
+    arguments = sam_arguments(scenes, tmp_path / "run", *FROZEN, f"data.embeddings={store}")
+    assert embed.main(arguments) == 0
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    assert embed.main([*arguments, "seed=1"]) == 2
+    assert f"{store} holds embeddings of another encoder; name another directory" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+    (store / "begun.json").write_text("{")
+    assert embed.main(arguments) == 2
+    assert f"{store / 'begun.json'} is damaged" in capsys.readouterr().err
+    (tmp_path / "file").write_text("mine")
+    assert embed.main([*arguments, f"data.embeddings={tmp_path / 'file'}"]) == 2
+    assert "is a file; name a directory" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_too_small_is_refused(scenes, tmp_path, capsys, monkeypatch):
+    arguments = sam_arguments(scenes, tmp_path / "run", *FROZEN, f"data.embeddings={tmp_path / 'store'}")
+    need = 24 * 128 * 4 * 4 * 2  # images x channels x side x side x bytes
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=need - 1))
+    assert embed.main(arguments) == 2
+    assert "24 images take" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=need))
+    assert embed.main(arguments) == 0
 
 
 def test_an_interrupted_computation_goes_on(scenes, tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """Exported weights load strictly in the other packages, and their predictors return our masks."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -10,10 +13,9 @@ from transformers import SamModel, SamProcessor
 
 from model.build import SIZES, build_sam
 from model.prompt_encoder import Prompts
-from model.weights import fit_sam
 from tests.model.support import difference, randomize
 from tests.model.test_sam import released_sam
-from trainer.export import export, main
+from trainer.export import export, loading_note, main
 from trainer.stages import read_weights
 
 SIDE = 128
@@ -64,13 +66,50 @@ def test_segment_anything_predicts_our_masks(saved, tmp_path):
     assert masks.shape == (3, 96, SIDE)
 
 
+def test_another_input_size_loads_as_the_document_says(saved, tmp_path, capsys):
+    sam, file = saved
+    assert main([str(file), "--out", str(tmp_path / "sam.pth")]) == 0
+    assert "no registry builds it" in capsys.readouterr().err
+    assert not loading_note("vit_b", 1024, "segment_anything")
+    assert "docs/weights.md" in loading_note("vit_b", 512, "segment_anything")
+    assert "img_size=512" in loading_note("vit_b", 512, "timm")
+    document = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    (lines,) = re.findall(r"### Another size.*?```python\n(.*?)```", document, re.DOTALL)
+    names = {"torch": torch, "sam_model_registry": {"vit_b": lambda: released_sam("vit_tiny", 1024)}}
+    exec(lines.replace("sam.pth", str(tmp_path / "sam.pth")), names)
+    predictor, image = SamPredictor(names["sam"].eval()), picture()
+    predictor.set_image(image)
+    _, _, logits = predictor.predict(np.array([[40.0, 30.0]]), np.array([1]))
+    assert difference(torch.from_numpy(logits), our_answer(sam, image, (40.0, 30.0))[0]) < 1e-4
+
+
+def test_what_was_written_is_read_back(saved, tmp_path, monkeypatch):
+    sam, file = saved
+    broken = sam.state_dict()
+    del broken["mask_decoder.iou_token.weight"]
+    torch.save(broken, tmp_path / "broken.pth")
+    with pytest.raises(ValueError, match=r"broken\.pth will not go into this SAM: mask_decoder\.iou_token\.weight is"):
+        export(tmp_path / "broken.pth", tmp_path / "out.pth")
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda weights, path: save(weights | {"surplus": torch.zeros(1)}, path))
+    with pytest.raises(ValueError, match="does not hold what was written to it: surplus"):
+        export(file, tmp_path / "out.pth")
+    monkeypatch.setattr(torch, "save", lambda weights, path: save({k: v + 1 for k, v in weights.items()}, path))
+    with pytest.raises(ValueError, match=r"image_encoder\.pos_embed has other values"):
+        export(file, tmp_path / "out.pth", "timm")
+    assert not (tmp_path / "out.pth").exists()
+
+
 def test_huggingface_predicts_our_masks(saved, tmp_path):
     sam, file = saved
     out = tmp_path / "hf"
     for _ in range(2):  # the second replaces the first
         assert export(file, out, "huggingface") == len(sam.state_dict()) + 1
-    back = fit_sam(read_weights(out / "model.safetensors"), sam)
+    back = read_weights(out / "model.safetensors")  # in our names
     assert all(torch.equal(back[name], value) for name, value in sam.state_dict().items())
+    again = tmp_path / "again.pth"  # what they wrote is taken in too
+    assert export(out / "model.safetensors", again) == len(sam.state_dict())
+    assert read_weights(again).keys() == sam.state_dict().keys()
     peer, info = SamModel.from_pretrained(out, attn_implementation="eager", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

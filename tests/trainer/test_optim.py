@@ -11,6 +11,7 @@ from trainer.config import Batch, Optim, Phase, Schedule
 from trainer.optim import (
     base_lr,
     describe_groups,
+    describe_rates,
     first_trained,
     layer_multiplier,
     lr_at,
@@ -72,6 +73,14 @@ def test_rates_of_every_parameter_of_the_published_recipes(name, depth, decay, g
     assert f"rate {8e-4 * decay ** (depth + 1):.3g}" in lines[0]
     assert "mask_decoder.transformer" in lines[-1]
     assert "(x 1) decay 0.1" in lines[-1]
+    rates = {name: (2.0 * group.lr_scale, group.weight_decay) for group in found for name in group.names}
+    names = [name for name, _ in task.named_parameters()]
+    table = describe_rates(rates, [*names, "sam.still"], lr=2.0, peak=8e-4).splitlines()
+    assert len(table) == 2 + len(names)
+    row = next(line for line in table if line.endswith(" image_encoder.pos_embed")).split()
+    bottom = decay ** (depth + 1)
+    assert [float(value) for value in row[:2]] == pytest.approx([8e-4 * bottom, bottom], rel=1e-3)
+    assert table[-1].split() == ["frozen", "still"]
 
 
 def test_frozen_parameters_are_in_no_group():

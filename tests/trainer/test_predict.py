@@ -11,6 +11,8 @@ from scipy import ndimage
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
 from data_tools import rle
+from model.build import build_sam
+from model.weights import sam_to_huggingface
 from tests.model.test_sam import pair
 from tests.trainer.tiny import sam_arguments
 from trainer import export, predict, train
@@ -200,6 +202,8 @@ def test_what_cannot_be_read_is_named(run_dir, tmp_path, capsys):
     assert "x.png" in capsys.readouterr().err
     with pytest.raises(ValueError, match="does not exist"):
         load_sam(tmp_path / "nowhere")
+    torch.save(sam_to_huggingface(build_sam("vit_tiny", 64).state_dict()), tmp_path / "transformers.pth")
+    load_sam(tmp_path / "transformers.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="no weights of a SAM"):
         load_sam(tmp_path / "other.pth")

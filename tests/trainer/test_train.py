@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
+from model.build import build_mae, build_sam
 from tests.trainer.tiny import losses, mae_arguments, sam_arguments, samples
 from trainer import loop, train
 from trainer.checkpoint import Checkpointer, load_weights
@@ -212,10 +214,37 @@ def test_what_decides_what_is_learned_is_in_the_recipe(scenes):
 
 def test_sam_takes_the_encoder_of_a_mae_run(scenes, mae_run, tmp_path, capsys):
     assert train.main(sam_arguments(scenes, tmp_path, f"model.init_from={mae_run}", "optim.lr=1e-12")) == 0
-    assert "carried" in capsys.readouterr().out
+    assert "MAE to SAM: 51 carried" in capsys.readouterr().out
+    report = (tmp_path / "initial_weights.txt").read_text().splitlines()
+    assert report[0] == f"# from {mae_run}"
+    kinds = Counter(line.split()[0] for line in report[1:])
+    tasks = train.build_task(train.load_config(*split(sam_arguments(scenes, tmp_path))), (), False)
+    assert sum(kinds[kind] for kind in ("carried", "resized", "new")) == len(tasks.sam.state_dict())
+    assert kinds["dropped"] > 10
+    rates = (tmp_path / "rates.txt").read_text().splitlines()
+    assert rates[0] == "# phase joint from step 2"
+    assert {line.split()[-1] for line in rates[2:]} == {name for name, _ in tasks.sam.named_parameters()}
     mae, sam = load_weights(newest(mae_run)), load_weights(newest(tmp_path))
     name = "blocks.1.mlp.lin1.weight"
     torch.testing.assert_close(sam[f"sam.image_encoder.{name}"], mae[f"mae.{name}"], rtol=0, atol=1e-6)
+
+
+def test_initial_weights_that_do_not_fit_are_explained(scenes, tmp_path, capsys):
+    file = tmp_path / "sam.pth"
+    command = sam_arguments(scenes, tmp_path / "run", f"model.init_from={file}")
+    whole = build_sam("vit_tiny", 64).state_dict()
+    name = "image_encoder.neck.0.weight"
+    for weights, message in (
+        (whole | {name: torch.full_like(whole[name], torch.nan)}, f"{file} holds values that are not finite"),
+        ({key: value for key, value in whole.items() if key != name}, f"{file} will not go into this SAM: {name} is"),
+        ({"something": torch.zeros(1)}, "image_encoder.blocks.0.norm1.bias is missing; and 198 more"),
+        (build_mae("vit_b", 64).state_dict(), f"{file} is a vit_b, model.size is vit_tiny: set model.size=vit_b"),
+    ):
+        torch.save(weights, file)
+        assert train.main(command) == 2
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert len(shown) < 1000
 
 
 def environment() -> dict[str, str]:

@@ -6,15 +6,17 @@
         embeddings.json   what they were made of, written last
 
 `python -m trainer.embed` writes them. They hold for one encoder, one data set, one input size and no augmentation: the
-first three are checked when they are opened, the last in the config.
+last is checked in the config, the encoder when training starts or goes on, the others when they are opened.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor
 
 STAMP_NAME = "embeddings.json"
 
@@ -29,7 +31,7 @@ class EmbeddingStore:
             raise ValueError(
                 f"data.embeddings: {directory} is not there or not finished; `python -m trainer.embed CONFIG` makes it"
             )
-        self.made_of = json.loads(stamp.read_text())
+        self.made_of = read_made_of(stamp)
         self.values = np.load(self.directory / "embeddings.npy", mmap_mode="r")
         self.done = np.load(self.directory / "done.npy")
 
@@ -47,22 +49,34 @@ class EmbeddingStore:
                     f"the run has {wanted}; remove it and run `python -m trainer.embed CONFIG` again"
                 )
 
-    def check_encoder(self, encoder: nn.Module) -> None:
-        """`ValueError` if another encoder made them."""
-        if self.made_of["encoder"] != encoder_hash(encoder):
+    def check_encoder(self, encoder: str) -> None:
+        """`ValueError` if another encoder than that of this `encoder_hash` made them."""
+        if self.made_of["encoder"] != encoder:
             raise ValueError(
-                f"data.embeddings: {self.directory} comes from another image encoder than model.init_from has; "
-                "remove it and run `python -m trainer.embed CONFIG` again"
+                f"data.embeddings: {self.directory} comes from another image encoder than this run has (its newest "
+                "checkpoint's; at the start, that of model.init_from); name the directory that was made with that "
+                "encoder, or a new one for `python -m trainer.embed CONFIG` to fill"
             )
 
     def __reduce__(self) -> tuple:
         return EmbeddingStore, (self.directory,)
 
 
-def encoder_hash(encoder: nn.Module) -> str:
-    """SHA-256 over names and values of all weights, the same on any machine."""
+def read_made_of(path: Path) -> dict[str, Any]:
+    """What a store was made of, from the file that says so. `ValueError` if that is damaged."""
+    try:
+        made_of = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{path} is damaged ({error}); remove {path.parent} and run trainer.embed again") from error
+    if not isinstance(made_of, dict) or not made_of.keys() >= {"encoder", "data", "image_size"}:
+        raise ValueError(f"{path} does not say what was embedded; remove {path.parent} and run trainer.embed again")
+    return made_of
+
+
+def encoder_hash(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values of an image encoder's state dict, the same on any machine."""
     digest = hashlib.sha256()
-    for name, value in sorted(encoder.state_dict().items()):
+    for name, value in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
