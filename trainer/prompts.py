@@ -143,12 +143,14 @@ def next_click(logits: Tensor, targets: Tensor, content: Tensor, uniforms: Tenso
     wrong = ((logits > 0) != truth) & content
     anywhere = torch.where(wrong.any(dim=(-2, -1), keepdim=True), wrong, ~truth & content)
     # A mask that fills the content and is predicted so: any content pixel, and a foreground click.
-    region = torch.where(anywhere.any(dim=(-2, -1), keepdim=True), anywhere, content.expand_as(anywhere)).flatten(2)
-    width = logits.shape[-1]
-    ranks = region.int().cumsum(dim=2)  # (B, M, h w): rank of each candidate, counted from 1
-    total = ranks[..., -1:]
+    region = torch.where(anywhere.any(dim=(-2, -1), keepdim=True), anywhere, content.expand_as(anywhere))
+    # Candidates are counted from 1 in reading order: first the row of the wanted one, then its place in that row.
+    up_to_row = region.sum(dim=-1, dtype=torch.int32).cumsum(dim=-1, dtype=torch.int32)  # (B, M, h)
+    total = up_to_row[..., -1:]
     wanted = (uniforms[..., None] * total).int().clamp(max=total - 1) + 1
-    index = torch.searchsorted(ranks, wanted)  # first pixel of that rank
-    labels = truth.flatten(2).gather(2, index)[..., 0].long()
-    coords = torch.cat([index % width, index // width], dim=-1).float()
-    return coords, labels
+    y = torch.searchsorted(up_to_row, wanted)  # first row that has so many candidates up to its end, (B, M, 1)
+    row = y[..., None].expand(*y.shape, region.shape[-1])
+    in_row = region.gather(2, row)[:, :, 0].cumsum(dim=-1, dtype=torch.int32)  # (B, M, w)
+    x = torch.searchsorted(in_row, wanted - (up_to_row.gather(2, y) - in_row[..., -1:]))
+    labels = truth.gather(2, row)[:, :, 0].gather(2, x)[..., 0].long()
+    return torch.cat([x, y], dim=-1).float(), labels

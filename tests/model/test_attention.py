@@ -79,12 +79,13 @@ def test_widths_that_heads_do_not_divide_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("function", [fused_attention, plain_attention])
 @pytest.mark.parametrize("dtype, forward, backward", [(torch.float32, 1e-5, 1e-4), (torch.bfloat16, 2e-2, 3e-2)])
-def test_on_a_gpu_against_float64(function, dtype, forward, backward):
-    """Windows and the whole grid of vit_h. bf16 rounds to 2^-9 of a value, and a few of them add up."""
+def test_on_a_gpu_against_float64(dtype, forward, backward):
+    """What a GPU uses, on windows and the whole grid of vit_h. bf16 rounds to 2^-9 of a value, and a few add up."""
+    function = fused_attention
     for grid, lengths in (((14, 14), (27, 27)), ((64, 64), (127, 127))):
         arguments = [x.to("cuda", dtype) for x in inputs(grid, 80, lengths)]
+        arguments[3:] = [0.1 * table for table in arguments[3:]]  # as trained; else a few keys alone decide
         wanted = with_gradients(plain_attention, [x.double() for x in arguments], grid)
         found = with_gradients(function, arguments, grid)
         assert difference(found[0], wanted[0]) < forward

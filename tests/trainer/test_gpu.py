@@ -123,10 +123,14 @@ def test_compiled_blocks_compute_the_same(name: str) -> None:
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_memory_is_what_the_plan_says(kind: str, checkpointing: str) -> None:
-    """ViT-B at its full size, 16 masks, 11 rounds: the largest allocation of a step within 10 % of the plan."""
+    """ViT-B at its full size, 16 masks, 11 rounds: the largest allocation of a step within 10 % of the plan.
+
+    Without the plan's allowance for what does not come from PyTorch's allocator.
+    """
     more = [f"engine.kind={kind}", f"engine.activation_checkpointing={checkpointing}", "data.max_masks=16"]
     config = load_config(CONFIGS / "sam_vitb_paper.yaml", [*more, "batch.micro=1"], False)
-    planned = memory.estimate(config, 1, 1).total * 2**30
+    estimate = memory.estimate(config, 1, 1)
+    planned = estimate.total - estimate.workspace
     engine, batch = prepare(config, single_process())
     engine.task.train()
     torch.cuda.reset_peak_memory_stats()
