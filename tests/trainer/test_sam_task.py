@@ -14,7 +14,7 @@ from tests.trainer.tiny import sam_arguments
 from trainer.config import load_config
 from trainer.data.eval_data import evaluation_batch, evaluation_rows
 from trainer.interactive import best_predicted
-from trainer.sam_task import num_prompts
+from trainer.sam_task import content_mask, num_prompts
 from trainer.stages import build_pipeline, build_task
 
 ONLY_BOXES = "prompts.types={point: 0, box: 1, mask: 0, none: 0}"
@@ -227,6 +227,47 @@ def test_what_the_network_would_show_becomes_the_next_mask_prompt_without_a_grad
             seen.add(token)
     hypotheses = set() if multimask == "single" else {1, 2, 3}
     assert seen == hypotheses | ({0} if multimask == "single" or when == "single_prompt" else set())
+
+
+@pytest.mark.parametrize("resolution", [16, 64, 128])
+def test_a_click_lies_at_the_centre_of_its_cell(scenes, tmp_path, resolution):
+    """One cell of the target is missed. The cell covers [x, x + 1) times 64 / resolution of the input, whose integers
+    are centres of pixels: half a pixel from their edges."""
+    task, data = make(scenes, tmp_path, "prompts.rounds=2", f"loss.resolution={resolution}")
+    batch = data[[0]].counted(1, 3)
+    batch.masks[:] = 0
+    x, y = 5, 9
+    batch.masks[..., y, x] = 1
+    prompts = task.first_prompts(torch.zeros(1, 128, 4, 4), batch)
+    clicked = task.add_click(prompts, torch.full((1, 3, 16, 16), -1.0), content_mask(batch, resolution), batch, 0)
+    cell = 64 / resolution
+    assert clicked.point_coords[0, :, -1].tolist() == [[(x + 0.5) * cell - 0.5, (y + 0.5) * cell - 0.5]] * 3
+    assert clicked.point_labels[0, :, -1].tolist() == [1] * 3
+    assert clicked.point_coords[0, :, :-1].equal(prompts.point_coords[0, :, :-1])
+
+
+def test_clicks_stay_on_the_image_and_reach_its_last_row_and_column(scenes, tmp_path, monkeypatch):
+    """Everything counts as object, also the padding, and nothing is: of cells of 4 pixels those with their centre on
+    the image may be clicked."""
+    task, data = make(scenes, tmp_path, "prompts.rounds=3", ONLY_BOXES)
+    batch = data[[0, 1, 2]].counted(3, 9)
+    batch.masks[:] = 0
+    batch.image_sizes[:] = torch.tensor([[41, 64], [64, 23], [30, 30]])
+    batch.click_uniforms[..., 0], batch.click_uniforms[..., 1] = 0.0, 1.0 - 1e-6
+    asked, decode = [], task.sam.decode_masks
+
+    def everything(embeddings, prompts):
+        asked.append(prompts)
+        output = decode(embeddings, prompts)
+        return output._replace(low_res_logits=output.low_res_logits.abs() + 1)
+
+    monkeypatch.setattr(task.sam, "decode_masks", everything)
+    task(batch)
+    first, last = asked[-1].point_coords[:, :, -2:].unbind(2)
+    assert (first == 1.5).all(), "the first cell"
+    # Centres lie at 2, 6, ..., 62: the last ones below 41, 23 and 30 are 38, 22 and 26, less half a pixel.
+    wanted = torch.tensor([[61.5, 37.5], [21.5, 61.5], [25.5, 25.5]])
+    assert last.equal(wanted[:, None].expand(3, 3, 2))
 
 
 def test_a_mask_prompt_replaces_its_point_by_the_networks_own_answer(scenes, tmp_path):
