@@ -18,7 +18,7 @@ from trainer.config import SamConfig
 from trainer.data.batches import SamBatch
 from trainer.data.images import jitter_colors
 from trainer.diagnostics import DiagnosticBatch, diagnose
-from trainer.interactive import EvalBatch, EvalScores, best_predicted, interact
+from trainer.interactive import EvalBatch, EvalScores, best_predicted, chosen, interact
 from trainer.losses import (
     dice_loss,
     focal_loss,
@@ -125,7 +125,8 @@ class SamTask(nn.Module):
             one_point = one_point._replace(
                 point_coords=one_point.point_coords[:, :, :1], point_labels=one_point.point_labels[:, :, :1]
             )
-            answer = best_predicted(self.sam.decode_masks(image_embeddings, one_point))
+            output = self.sam.decode_masks(image_embeddings, one_point)
+            answer, _ = chosen(output, single=self.config.loss.multimask == "single")
         wants_mask = batch.wants_mask
         mask_logits[:, :asking] = torch.where(wants_mask[:, :asking, None, None], answer, 0.0)
         return prompts._replace(

@@ -1,5 +1,7 @@
 """The masked autoencoder against transformers' ViTMAEForPreTraining, and its parts."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from model.build import build_mae, init_weights
 from model.mae import MaskedAutoencoder, normalize_patches, patchify, random_masking, unpatchify
-from tests.model.support import difference, randomize
+from tests.model.support import difference, gradients, randomize, spoil_gradient, worst_gradient
 
 NAMES = {
     "embeddings.cls_token": "cls_token",
@@ -42,19 +44,24 @@ def peer_of(mae: MaskedAutoencoder, norm_pix: bool) -> ViTMAEForPreTraining:
         norm_pix_loss=norm_pix,
     )
     peer = ViTMAEForPreTraining(config).eval()
-    ours, weights = mae.state_dict(), {}
-    for key in peer.state_dict():
+    peer.load_state_dict(in_their_names(mae.state_dict(), peer.state_dict()), strict=True)
+    return peer
+
+
+def in_their_names(ours: dict[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
+    """Our weights, or their gradients, under transformers' names `keys`; they keep query, key and value apart."""
+    found = {}
+    for key in keys:
         name = key
         for old, new in NAMES.items():
             name = name.replace(old, new)
         if ".attention." in name:
             part = "qkv".index(name.split(".")[-2][0])
             start, kind = name.split(".attention.")[0], name.split(".")[-1]
-            weights[key] = ours[f"{start}.attn.qkv.{kind}"].chunk(3)[part]
+            found[key] = ours[f"{start}.attn.qkv.{kind}"].chunk(3)[part]
         else:
-            weights[key] = ours[name]
-    peer.load_state_dict(weights, strict=True)
-    return peer
+            found[key] = ours[name]
+    return found
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -69,14 +76,27 @@ def test_equals_transformers(norm_pix: bool):
     assert difference(prediction, wanted.logits) < 1e-5
     # Every image hides equally many patches, so their mean over the batch is the mean over images.
     assert loss.mean().item() == pytest.approx(wanted.loss.item(), rel=1e-5)
-    wanted.loss.backward()
-    loss.mean().backward()
-    theirs = dict(peer.named_parameters())
-    first, last = "vit.embeddings.patch_embeddings.projection.weight", "decoder.decoder_layers.0.mlp.fc1.weight"
-    assert difference(mae.patch_embed.proj.weight.grad, theirs[first].grad) < 1e-4
-    assert difference(mae.decoder_blocks[0].mlp.lin1.weight.grad, theirs[last].grad) < 1e-4
+    theirs, found = gradients(wanted.loss, peer), gradients(loss.mean(), mae)
+    assert found.keys() == {name for name, p in mae.named_parameters() if p.requires_grad}
+    # All of them but the position tables, which are fixed on both sides; fp32 through six blocks.
+    worst, where = worst_gradient(in_their_names(found, theirs), theirs)
+    assert worst < 1e-4, where
+    assert theirs.keys() == {name for name, p in peer.named_parameters() if p.requires_grad}
     # The measure sees an error: another mask.
     assert difference(mae(images, noise.flip(1))[0], wanted.logits) > 1e-3
+
+
+@pytest.mark.parametrize("part", ["patch_embed", "blocks.2.mlp", "decoder_blocks.0.attn.qkv", "decoder_pred"])
+def test_an_error_of_a_gradient_would_be_seen(part: str):
+    """The loss is the same, and what comes back through one part is 1 % too large."""
+    mae = randomize(build_mae("vit_tiny", 64)).eval()
+    peer = peer_of(mae, norm_pix=True)
+    spoil_gradient(mae.get_submodule(part))
+    images, noise = torch.randn(3, 3, 64, 64), torch.rand(3, 16)
+    loss, wanted = mae.forward_loss(images, *mae(images, noise)).mean(), peer(images, noise=noise).loss
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    theirs = gradients(wanted, peer)
+    assert worst_gradient(in_their_names(gradients(loss, mae), theirs), theirs)[0] > 1e-3
 
 
 def test_position_tables_are_the_published_ones():

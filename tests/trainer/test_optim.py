@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from model.build import build_sam
+from model.build import build_mae, build_sam
+from model.layers import LayerNorm2d
 from trainer.config import Batch, Optim, Phase, Schedule
 from trainer.optim import (
     base_lr,
@@ -47,6 +48,28 @@ def test_groups_hold_every_trained_parameter_once_and_are_few():
         assert len({name.split(".")[1] == "image_encoder" for name in group.names}) == 1, "other step counts"
         if group.weight_decay == 0:
             assert all(dict(sam.named_parameters())[name].ndim <= 1 or name.endswith("bias") for name in group.names)
+
+
+LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+NORMS = (nn.LayerNorm, LayerNorm2d)
+
+
+@pytest.mark.parametrize("build", [build_sam, build_mae])
+@pytest.mark.parametrize("decay_bias_and_norm", [True, False])
+def test_what_weight_decay_leaves_out_by_the_kind_of_module(build, decay_bias_and_norm):
+    """All biases of layers and all of the norms, found through the modules and not by name; or nothing."""
+    task = nn.ModuleDict({"network": build("vit_tiny", 64)})
+    parts = [part for part in task.modules() if isinstance(part, LAYERS + NORMS)]
+    exempt = {part.bias for part in parts if part.bias is not None}
+    exempt |= {part.weight for part in parts if isinstance(part, NORMS)}
+    assert {type(part) for part in parts} >= {nn.Linear, nn.Conv2d, nn.LayerNorm}
+    optim = Optim(lr=1e-3, weight_decay=0.3, layer_decay=0.8, decay_bias_and_norm=decay_bias_and_norm)
+    groups = param_groups(task.named_parameters(), optim, 4, {})
+    found = {name: group.weight_decay for group in groups for name in group.names}
+    trained = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+    assert exempt <= set(trained.values())
+    left_out = set() if decay_bias_and_norm else exempt
+    assert found == {name: 0.0 if parameter in left_out else 0.3 for name, parameter in trained.items()}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What the network is asked: the document's mix, and clicks that are uniform over the error."""
 
 import numpy as np
+import pytest
 import torch
 from scipy.stats import chisquare
 
@@ -47,7 +48,9 @@ def test_the_mix_and_the_counts_are_the_documents():
 
 def test_points_are_uniform_in_their_mask():
     prompts = draw_many(Prompts(types=TypeProbabilities(point=1, box=0, mask=0, none=0), num_points=(1.0,)), 3000)
-    x = np.array([(p.coords[0] + 0.5) / 2 - 0.5 for p in prompts]).round().astype(int)
+    x = np.array([(p.coords[0] + 0.5) / 2 - 0.5 for p in prompts])
+    assert (x == x.round()).all(), "a centre of a pixel is an integer, in the source and in the input"
+    x = x.astype(int)
     cells = np.ravel_multi_index((x[:, 1] - 5, x[:, 0] - 8), (10, 12))
     assert chisquare(np.bincount(cells, minlength=120)).pvalue > P_VALUE
 
@@ -92,6 +95,22 @@ def test_without_an_error_the_click_falls_on_the_background():
     coords, labels = next_click(truth.float() * 2 - 1, truth, content, torch.tensor([[0.999999, 0.0]]))
     assert labels.tolist() == [[0, 1]], "a full mask has no background: a click on it"
     assert coords[0, 0].tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "predicted, in_content, in_padding",
+    [(1.0, 0, 0), (-1.0, 1, 1), (-1.0, 0, 0), (1.0, 1, 0)],
+    ids=["excess everywhere", "missed everywhere", "no error", "no error and no background"],
+)
+def test_no_click_falls_on_the_padding(predicted, in_content, in_padding):
+    """The content is 4 x 3 of 6 x 6 cells; clicks reach all of it and nothing else, wherever the error lies."""
+    content = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    content[..., :4, :3] = True
+    truth = torch.where(content, in_content, in_padding).to(torch.uint8).expand(1, 12, 6, 6)
+    uniforms = (torch.arange(12) + 0.5)[None] / 12
+    coords, labels = next_click(torch.full((1, 12, 6, 6), predicted), truth, content, uniforms)
+    assert coords[0].tolist() == [[x, y] for y in range(4) for x in range(3)]
+    assert labels.tolist() == [[in_content] * 12]
 
 
 def test_the_published_rounds_without_a_click():

@@ -1,16 +1,20 @@
 """The training step: which token learns from what, rounds, and that the cut of the batch does not matter."""
 
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from model.prompt_encoder import Prompts
 from model.sam import SamOutput
+from tests.trainer.test_losses import reference_dice, reference_focal, reference_iou
 from tests.trainer.tiny import sam_arguments
 from trainer.config import load_config
 from trainer.data.eval_data import evaluation_batch, evaluation_rows
 from trainer.interactive import best_predicted
-from trainer.sam_task import num_prompts
+from trainer.sam_task import content_mask, num_prompts
 from trainer.stages import build_pipeline, build_task
 
 ONLY_BOXES = "prompts.types={point: 0, box: 1, mask: 0, none: 0}"
@@ -82,6 +86,188 @@ def test_the_single_token_learns_from_later_rounds_only_as_published(scenes, tmp
     task, data = make(scenes, tmp_path, *published, "prompts.rounds=2")
     task(data[[0, 1]].counted(2, 6))[0].backward()
     assert task.sam.mask_decoder.output_hypernetworks_mlps[0].layers[2].weight.grad.abs().max() > 0
+
+
+def numpy_round(loss, logits, ious, prompts, masks) -> dict[str, np.ndarray]:
+    """Loss of every mask and what is reported of it, (B, M) each, mask by mask from the formulas in float64.
+
+    loss: the settings; logits (B, M, 4, s, s), ious (B, M, 4): the network's four answers; masks (B, M, s, s).
+    """
+    results = {name: np.zeros(masks.shape[:2]) for name in ("loss", "focal", "dice", "iou_error", "iou")}
+    for b, m in np.ndindex(*masks.shape[:2]):
+        truth = np.broadcast_to(masks[b, m], logits[b, m].shape)
+        focal = reference_focal(logits[b, m], truth, loss.focal_alpha, loss.focal_gamma)
+        dice = reference_dice(logits[b, m], truth, loss.dice_smooth)
+        iou = reference_iou(logits[b, m], truth)
+        iou_error = (ious[b, m] - iou) ** 2
+        mask_part, iou_part = loss.focal * focal + loss.dice * dice, loss.iou * iou_error
+        total = mask_part + iou_part
+        num_points = (prompts.point_labels[b, m] >= 0).sum()
+        ambiguous = num_points + prompts.has_box[b, m] + prompts.has_mask[b, m] <= 1
+        best = 1 + int(np.argmin(mask_part[1:] if loss.select_by == "mask" else total[1:]))
+        if loss.multimask == "all":
+            three = total[1:].mean()
+        elif loss.iou_on == "all":
+            three = mask_part[best] + iou_part[1:].mean()
+        else:
+            three = total[best]
+        if loss.multimask == "single":
+            value, shown = total[0], 0
+        elif loss.multimask_when == "always":
+            value, shown = (three if ambiguous else three + total[0]), best
+        else:
+            value, shown = (three, best) if ambiguous else (total[0], 0)
+        for name, found in (("focal", focal), ("dice", dice), ("iou_error", iou_error), ("iou", iou)):
+            results[name][b, m] = found[shown]
+        results["loss"][b, m] = value
+    return results
+
+
+def numpy_mean(normalize: str, values: np.ndarray, valid: np.ndarray) -> float:
+    """Over the masks of each image and then over the images, or over all masks at once."""
+    rows = [row[keep] for row, keep in zip(values, valid, strict=True) if keep.any()]
+    return float(np.mean([row.mean() for row in rows] if normalize == "image_mean" else np.concatenate(rows)))
+
+
+def record_decoder(task, monkeypatch) -> list[tuple[Prompts, SamOutput]]:
+    """What the mask decoder is asked from now on and what it answers, with noise: a fresh one ranks all masks alike."""
+    calls, decode, generator = [], task.sam.decode_masks, torch.Generator().manual_seed(0)
+
+    def record(embeddings, prompts):
+        noisy = (x + torch.randn(x.shape, generator=generator) for x in decode(embeddings, prompts))
+        calls.append((prompts, SamOutput(*noisy)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(task.sam, "decode_masks", record)
+    return calls
+
+
+STRATEGIES = list(itertools.product(["best", "all", "single"], ["always", "single_prompt"]))
+# All of select_by x iou_on; normalize, which comes after them, with each of either.
+CHOICES = [
+    ("total", "selected", "image_mean"),
+    ("total", "all", "mask_mean"),
+    ("mask", "selected", "mask_mean"),
+    ("mask", "all", "image_mean"),
+]
+
+
+@pytest.mark.parametrize("multimask, when", STRATEGIES)
+@pytest.mark.parametrize("select_by, iou_on, normalize", CHOICES)
+def test_the_loss_equals_its_formulas_in_numpy(
+    scenes, tmp_path, monkeypatch, multimask, when, select_by, iou_on, normalize
+):
+    task, data = make(
+        scenes,
+        tmp_path,
+        f"loss.multimask={multimask}",
+        f"loss.multimask_when={when}",
+        f"loss.select_by={select_by}",
+        f"loss.iou_on={iou_on}",
+        f"loss.normalize={normalize}",
+        "loss.iou=3",  # weighs as much as the mask, so that the two selections differ
+        "data.max_masks=8",  # more than the images have
+        "prompts.types={point: 0.4, box: 0.4, mask: 0.1, none: 0.1}",
+        "prompts.rounds=2",
+    )
+    batch = data[[0, 1, 2, -1]]
+    batch = batch.counted(*batch.local_counts())
+    valid = batch.mask_valid.numpy()
+    assert len(set(valid.sum(axis=1))) > 2, "padded masks, a padded image, and images of unequal weight"
+    calls = record_decoder(task, monkeypatch)
+    loss, metrics = task(batch)
+
+    def expected(settings) -> dict[str, float]:
+        values = {"loss": 0.0}
+        for number, (prompts, output) in enumerate(calls[1:]):  # the first made the mask prompts
+            answers = (x.detach().double().numpy() for x in output)
+            values_of = numpy_round(settings, *answers, Prompts(*(x.numpy() for x in prompts)), batch.masks.numpy())
+            means = {name: numpy_mean(normalize, value, valid) for name, value in values_of.items()}
+            values["loss"] += means.pop("loss")
+            values |= {f"round_{number + 1}/{name}": value for name, value in means.items()}
+        return values
+
+    wanted = expected(task.config.loss)
+    assert wanted.keys() == metrics.keys()
+    # fp32 against float64: sums of a thousand terms of relative error 6e-8.
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(wanted, rel=1e-5)
+    assert loss.item() == pytest.approx(wanted["loss"], rel=1e-5)
+    if multimask == "best":  # the test can fail: another choice is another number
+        for change in ({"select_by": "mask" if select_by == "total" else "total"}, {"multimask": "all"}):
+            other = expected(task.config.loss.model_copy(update=change))
+            assert other["loss"] != pytest.approx(wanted["loss"], rel=1e-3)
+
+
+MASKS_TOO = "prompts.types={point: 0.3, box: 0.3, mask: 0.3, none: 0.1}"
+
+
+@pytest.mark.parametrize("multimask, when", STRATEGIES)
+def test_what_the_network_would_show_becomes_the_next_mask_prompt_without_a_gradient(
+    scenes, tmp_path, monkeypatch, multimask, when
+):
+    """Of three the one of highest predicted IoU where they were trained for the prompt, else the single token's."""
+    overrides = [f"loss.multimask={multimask}", f"loss.multimask_when={when}", MASKS_TOO, "prompts.rounds=3"]
+    task, data = make(scenes, tmp_path, *overrides)
+    batch = data[[0, 1, 2, 3]].counted(4, 12)
+    calls = record_decoder(task, monkeypatch)
+    task(batch)[0].backward()
+    asking = batch.num_mask_prompts
+    assert 0 < asking < batch.wants_mask.shape[1]
+    assert len(calls) == 4, "one point for those who want a mask, then three rounds"
+    seen = set()
+    for number, ((prompts, output), (following, _)) in enumerate(itertools.pairwise(calls)):
+        assert following.mask_logits.grad_fn is None
+        assert not following.mask_logits.requires_grad
+        count = (prompts.point_labels >= 0).sum(-1) + prompts.has_box.int() + prompts.has_mask.int()
+        wanting = torch.where(batch.wants_mask[:, :asking]) if number == 0 else torch.where(batch.mask_valid)
+        for b, m in zip(*wanting, strict=True):
+            three = multimask != "single" and (when == "always" or count[b, m] <= 1)
+            token = 1 + int(output.iou_predictions[b, m, 1:].argmax()) if three else 0
+            assert torch.equal(following.mask_logits[b, m], output.low_res_logits[b, m, token].detach())
+            seen.add(token)
+    hypotheses = set() if multimask == "single" else {1, 2, 3}
+    assert seen == hypotheses | ({0} if multimask == "single" or when == "single_prompt" else set())
+
+
+@pytest.mark.parametrize("resolution", [16, 64, 128])
+def test_a_click_lies_at_the_centre_of_its_cell(scenes, tmp_path, resolution):
+    """One cell of the target is missed. The cell covers [x, x + 1) times 64 / resolution of the input, whose integers
+    are centres of pixels: half a pixel from their edges."""
+    task, data = make(scenes, tmp_path, "prompts.rounds=2", f"loss.resolution={resolution}")
+    batch = data[[0]].counted(1, 3)
+    batch.masks[:] = 0
+    x, y = 5, 9
+    batch.masks[..., y, x] = 1
+    prompts = task.first_prompts(torch.zeros(1, 128, 4, 4), batch)
+    clicked = task.add_click(prompts, torch.full((1, 3, 16, 16), -1.0), content_mask(batch, resolution), batch, 0)
+    cell = 64 / resolution
+    assert clicked.point_coords[0, :, -1].tolist() == [[(x + 0.5) * cell - 0.5, (y + 0.5) * cell - 0.5]] * 3
+    assert clicked.point_labels[0, :, -1].tolist() == [1] * 3
+    assert clicked.point_coords[0, :, :-1].equal(prompts.point_coords[0, :, :-1])
+
+
+def test_clicks_stay_on_the_image_and_reach_its_last_row_and_column(scenes, tmp_path, monkeypatch):
+    """Everything counts as object, also the padding, and nothing is: of cells of 4 pixels those with their centre on
+    the image may be clicked."""
+    task, data = make(scenes, tmp_path, "prompts.rounds=3", ONLY_BOXES)
+    batch = data[[0, 1, 2]].counted(3, 9)
+    batch.masks[:] = 0
+    batch.image_sizes[:] = torch.tensor([[41, 64], [64, 23], [30, 30]])
+    batch.click_uniforms[..., 0], batch.click_uniforms[..., 1] = 0.0, 1.0 - 1e-6
+    asked, decode = [], task.sam.decode_masks
+
+    def everything(embeddings, prompts):
+        asked.append(prompts)
+        output = decode(embeddings, prompts)
+        return output._replace(low_res_logits=output.low_res_logits.abs() + 1)
+
+    monkeypatch.setattr(task.sam, "decode_masks", everything)
+    task(batch)
+    first, last = asked[-1].point_coords[:, :, -2:].unbind(2)
+    assert (first == 1.5).all(), "the first cell"
+    # Centres lie at 2, 6, ..., 62: the last ones below 41, 23 and 30 are 38, 22 and 26, less half a pixel.
+    wanted = torch.tensor([[61.5, 37.5], [21.5, 61.5], [25.5, 25.5]])
+    assert last.equal(wanted[:, None].expand(3, 3, 2))
 
 
 def test_a_mask_prompt_replaces_its_point_by_the_networks_own_answer(scenes, tmp_path):
