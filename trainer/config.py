@@ -238,7 +238,7 @@ class Engine(Section):
     # Of encoder blocks, in the backward pass recompute: nothing, all, or all but matrix products and attention.
     activation_checkpointing: Literal["none", "block", "selective"] = "none"
     checkpoint_rounds: bool = False  # recompute each prompt round in the backward pass
-    compile: bool = False  # torch.compile of each block, of the prompt rounds' large parts and of their losses
+    compile: bool = False  # torch.compile of each block, of prompt encoder and mask decoder, of the losses
     meta_init: bool = False  # build on rank 0 alone and hand out: saves the host a copy a rank
     deterministic: bool = False  # the same bits on the same hardware and ranks, slower
     timeout_minutes: Positive = 30.0  # of a collective

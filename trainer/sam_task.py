@@ -61,13 +61,11 @@ class SamTask(nn.Module):
         return self.sam.shard_units()
 
     def compile_parts(self) -> None:
-        """torch.compile of what is large, in place: no parameter changes its name.
+        """torch.compile of the encoder's blocks, of both halves of a round and of its losses, in place.
 
-        Not only the encoder's blocks: a prompt round is bound by memory, so that fusing its kernels counts for more.
+        A prompt round is bound by memory, so that fusing its kernels counts for more than the encoder's.
         """
-        decoder, prompt_encoder = self.sam.mask_decoder, self.sam.prompt_encoder
-        rounds = [prompt_encoder.mask_downscaling, *decoder.transformer.layers, decoder.output_upscaling]
-        for module in (*self.sam.shard_units(), *rounds):
+        for module in (*self.sam.shard_units(), self.sam.prompt_encoder, self.sam.mask_decoder):
             module.compile()
         self.compare = torch.compile(self.compare)
 

@@ -1,11 +1,13 @@
 """The training step: which token learns from what, rounds, and that the cut of the batch does not matter."""
 
+import functools
 import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from model.prompt_encoder import Prompts
 from model.sam import SamOutput
@@ -392,3 +394,21 @@ def test_nothing_valid_gives_a_finite_zero(scenes, tmp_path):
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad.abs().max() == 0 for p in task.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_parts_are_whole_graphs_and_compute_the_same(scenes, tmp_path, monkeypatch):
+    """No part falls back to eager in its middle, and rounds share their graphs: 2 kinds of block, with and without
+    gradient, two sizes of prompts."""
+    aot = {"backend": "aot_eager"}  # needs no C++ compiler
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, **aot))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, **aot))
+    task, data = make(scenes, tmp_path, "prompts.rounds=5", "model.decoder_dropout=0")
+    batch = data[[0, 1]].counted(2, 6)
+    eager = task(batch)[0].item()
+    torch._dynamo.reset()
+    counters.clear()
+    task.compile_parts()
+    assert task(batch)[0].item() == pytest.approx(eager, rel=1e-6)  # fp32
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 10
