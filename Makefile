@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # One maths thread a process: tests and the demo start as many processes as there are cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all faults lint format tensorboard clean
+.PHONY: demo test test-all test-gpu faults lint format tensorboard clean
 
 demo: $(VENV)/.installed  ## the whole pipeline in miniature; DATA=folder uses your own SA-1B-format images
 	$(RUN) -m trainer.demo --out demo $(if $(DATA),--data "$(DATA)") $(if $(SEED),--seed $(SEED))
@@ -15,6 +15,9 @@ test: $(VENV)/.installed  ## one representative of every promise
 
 test-all: $(VENV)/.installed  ## the matrices and the long ones too
 	$(RUN) -m pytest
+
+test-gpu: $(VENV)/.installed  ## what only a GPU shows
+	$(RUN) -m pytest -m gpu
 
 faults: $(VENV)/.installed  ## break training on purpose in every way we know; prints what was lost
 	$(RUN) -m tests.faults

@@ -143,23 +143,25 @@ def main() -> None:
     parser.add_argument("--case", choices=cases, action="append", help="repeatable; default: all, on a CPU the small")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append", help="repeatable; default: both")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file; default: standard output")
+    parser.add_argument("--out", type=Path, help="JSON file, written after every case; default: standard output")
     settings = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = settings.case or [name for name in cases if device.type == "cuda" or name not in ON_REQUEST]
     dtypes = [getattr(torch, name) for name in settings.dtype or ["float32", "bfloat16"]]
-    rows = [row for name in chosen for dtype in dtypes for row in measure(name, device, dtype, settings.repeats)]
+    rows: list[dict[str, object]] = []
     report = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "rows": rows,
     }
-    text = json.dumps(report, indent=1)
+    for name in chosen:
+        for dtype in dtypes:
+            rows += measure(name, device, dtype, settings.repeats)
+            if settings.out is not None:  # after every case: what was measured stays if time runs out
+                settings.out.write_text(json.dumps(report, indent=1) + "\n")
     if settings.out is None:
-        print(text)
-    else:
-        settings.out.write_text(text + "\n")
+        print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

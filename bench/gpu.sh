@@ -62,19 +62,23 @@ why=$(missing pytest scipy segment_anything transformers timm trainer.stages)
 if [ -n "$why" ]; then
     say "skipped gpu tests: $why"
 else
-    run tests 200 "$PYTHON" -m pytest -q -m gpu tests
+    # Side by side where pytest-xdist is there: they took 100 s on 8 processes, several times that one by one.
+    at_once=$([ -z "$(missing xdist)" ] && echo "-n 8")
+    # shellcheck disable=SC2086
+    run tests 200 "$PYTHON" -m pytest -v $at_once -m gpu tests
 fi
-
-run attention 90 "$PYTHON" -m bench.attention --out "$OUT/attention.json"
 
 why=$(missing trainer.stages trainer.parallel.engine)
 if [ -n "$why" ]; then
     say "skipped steps: $why"
 else
     # A step of stage 1 takes 32 images; of stage 2 one. The 11 rounds are recomputed as their config says.
-    for config in mae_vith mae_vith_paper sam_vith sam_vith_paper; do
-        run "steps_$config" 150 "$PYTHON" -m bench.step "launch/configs/$config.yaml" --compile --steps 3 \
+    for config in sam_vith_paper sam_vith mae_vith_paper mae_vith; do
+        run "steps_$config" 120 "$PYTHON" -m bench.step "launch/configs/$config.yaml" --compile --steps 3 \
             --out "$OUT/steps_$config.json"
-        cat "$OUT/steps_$config.txt" >> "$SUMMARY" 2>/dev/null
+        grep "^|" "$OUT/steps_$config.txt" >> "$SUMMARY" 2>/dev/null
     done
 fi
+
+run attention 90 "$PYTHON" -m bench.attention --dtype bfloat16 --case vit_h_window --case vit_h_global \
+    --case decoder_image_to_token_1024px --case decoder_token_to_image_1024px --out "$OUT/attention.json"
