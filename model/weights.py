@@ -70,7 +70,7 @@ def refuse_misfits(problems: list[str], source: str) -> None:
 
 
 def mae_to_sam(
-    mae_weights: Weights, sam: Sam, patch_resize: PatchResize = "bicubic", source_name: str = "the weights"
+    mae_weights: Weights, sam: Sam, patch_resize: PatchResize, source_name: str = "the weights"
 ) -> TransferReport:
     """Copy a masked autoencoder's encoder (our names or the released ones) into `sam`, in place.
 

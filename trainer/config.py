@@ -60,8 +60,8 @@ def _or_raise(config: Any, problems: list[str]) -> Any:
 class SamModel(Section):
     size: Literal["vit_tiny", "vit_b", "vit_l", "vit_h"]
     image_size: Count = 1024  # pixels of the square input; a multiple of the patch size 16
-    drop_path: Probability = 0.0  # last block's rate, linear from 0 (SAM 0.4; doc none)
-    decoder_dropout: Probability = 0.0  # SAM 0.1; doc none
+    drop_path: BelowOne = 0.0  # last block's rate, linear from 0 (SAM 0.4; doc none)
+    decoder_dropout: BelowOne = 0.0  # SAM 0.1; doc none
     init_from: Path | None = None  # MAE run, checkpoint or file, or SAM weights; none = random
     patch_resize: Literal["bicubic", "pseudo_inverse"] = "pseudo_inverse"  # for a 14-pixel MAE patch kernel
 
@@ -70,7 +70,7 @@ class MaeModel(Section):
     size: Literal["vit_tiny", "vit_b", "vit_l", "vit_h"]
     image_size: Count = 224  # pixels
     patch_size: Count = 16  # pixels; MAE's own ViT-H has 14, SAM's 16
-    mask_ratio: Probability = 0.75  # MAE 4.1
+    mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75  # MAE 4.1
     norm_pix_loss: bool = False  # doc: original pixels; MAE's released models: true
     decoder_dim: Count = 512
     decoder_depth: Count = 8
@@ -139,9 +139,10 @@ class Prompts(Section):
     types: TypeProbabilities = TypeProbabilities()
     num_points: tuple[Probability, ...] = (0.4, 0.3, 0.15, 0.1, 0.05)  # chance of 1, 2, 3, ... points (doc)
     random_background: bool = True  # of n points 1..n are foreground, the rest background (doc); else all foreground
-    box_noise: NonNegative = 0.0  # largest shift as a share of the side, at most `box_noise_pixels` (SAM 0.1; doc none)
+    box_noise: NonNegative = 0.0  # of a box's side; at most `box_noise_pixels` (SAM 0.1; doc none)
     box_noise_pixels: NonNegative = 20.0  # input pixels
-    box_noise_kind: Literal["uniform", "normal"] = "uniform"  # as sam2 has it, or a normal deviation cut at the limit
+    # What box_noise is: the largest shift, all equally likely (sam2), or a standard deviation, cut at the limit (SAM).
+    box_noise_kind: Literal["uniform", "normal"] = "uniform"
     rounds: Count = 1  # doc 1; SAM 11
     rounds_without_click: CountOrZero = 0  # of the later rounds: the last, and others at random (SAM 2)
 
@@ -160,7 +161,7 @@ class SamLoss(Section):
     iou: NonNegative = 1.0
     focal_alpha: Probability = 0.25
     focal_gamma: NonNegative = 2.0
-    dice_smooth: NonNegative = 1.0
+    dice_smooth: Positive = 1.0  # 0 would be 0 / 0 for an empty mask predicted empty
     resolution: Count = 256  # pixels a side of the target; the logits are resampled to it (sam2 1024; SAM, doc silent)
     sampled_points: Count | None = None  # focal and dice on this many points a mask, not all pixels (sam3 12544)
     multimask: Literal["best", "all", "single"] = "best"  # three masks by least loss, all three, token 0 alone
@@ -199,6 +200,8 @@ class Schedule(Section):
             raise ValueError(f"milestones belong to kind=multistep, kind is {self.kind}")
         if self.kind == "multistep" and not self.milestones:
             raise ValueError("kind=multistep needs milestones")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must ascend, they are {list(self.milestones)}")
         return self
 
 
@@ -347,7 +350,7 @@ class MaeConfig(Run):
 
     @model_validator(mode="after")
     def _possible(self) -> "MaeConfig":
-        problems = _averaging_problems(self)
+        problems = _averaging_problems(self) + _schedule_problems(self)
         if self.model.image_size % self.model.patch_size:
             problems.append(
                 f"model.image_size={self.model.image_size} is no multiple of patch_size={self.model.patch_size}"
@@ -372,7 +375,7 @@ class SamConfig(Run):
 
     @model_validator(mode="after")
     def _possible(self) -> "SamConfig":
-        problems = _averaging_problems(self)
+        problems = _averaging_problems(self) + _schedule_problems(self)
         if self.model.image_size % 16:
             problems.append(f"model.image_size={self.model.image_size} is no multiple of the patch size 16")
         if self.loss.focal + self.loss.dice == 0:
@@ -392,6 +395,16 @@ class SamConfig(Run):
                 # Its moments would have to be kept or dropped, and its step counts would differ within a ZeRO group.
                 problems.append(f"phase {phase.name} freezes {', '.join(sorted(again))}, which {before.name} trained")
         return _or_raise(self, problems)
+
+
+def _schedule_problems(config: Run) -> list[str]:
+    """Milestones that are never reached, where the length is given in steps."""
+    steps = [phase.steps for phase in config.phases]
+    known = sum(count for count in steps if count is not None)
+    late = [milestone for milestone in config.schedule.milestones if milestone >= known]
+    if None in steps or not late:
+        return []
+    return [f"schedule.milestones {late} lie beyond the last of {known} steps: shorten them as the phases were"]
 
 
 def _averaging_problems(config: Run) -> list[str]:

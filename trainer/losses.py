@@ -19,10 +19,10 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> T
     logits, targets = logits.float(), targets.float()
     against = torch.where(targets > 0.5, -logits, logits)
     cross_entropy = F.softplus(against)  # -log p_t
-    # 1 - p_t from the logit itself: exp(-cross_entropy) would lose it for confident pixels.
-    miss = torch.sigmoid(against)
+    # (1 - p_t)^gamma by its logarithm: a power of an exact 0 has no finite slope for gamma below 1.
+    miss = torch.exp(gamma * F.logsigmoid(against))
     alpha_t = alpha * targets + (1 - alpha) * (1 - targets)
-    return (alpha_t * miss**gamma * cross_entropy).mean(dim=(-2, -1))
+    return (alpha_t * miss * cross_entropy).mean(dim=(-2, -1))
 
 
 def dice_loss(logits: Tensor, targets: Tensor, smooth: float) -> Tensor:

@@ -143,7 +143,7 @@ def test_released_mae_format_and_back():
 
 def test_mae_to_sam_reports_every_parameter():
     mae, sam = randomize(build_mae("vit_tiny", 64)), randomize(build_sam("vit_tiny", 128))
-    report = mae_to_sam(mae_to_released(mae.state_dict())["model"], sam)
+    report = mae_to_sam(mae_to_released(mae.state_dict())["model"], sam, "bicubic")
     assert {line.name for line in report.lines} >= set(sam.state_dict())
     assert report.names("resized") == ["image_encoder.pos_embed"]
     dropped = {name for name in mae.state_dict() if name.startswith(("cls_", "mask_", "norm.", "decoder_"))}
@@ -160,7 +160,7 @@ def test_mae_to_sam_reports_every_parameter():
 
 def test_blocks_are_the_same_functions_after_the_transfer():
     mae, sam = randomize(build_mae("vit_tiny", 128)).eval(), build_sam("vit_tiny", 128).eval()
-    mae_to_sam(mae.state_dict(), sam)
+    mae_to_sam(mae.state_dict(), sam, "bicubic")
     x = torch.randn(2, 5, 5, 192)  # exactly one window: windowed and global attention agree
     with torch.no_grad():
         for ours, theirs in zip(sam.image_encoder.blocks, mae.blocks, strict=True):
@@ -171,12 +171,14 @@ def test_blocks_are_the_same_functions_after_the_transfer():
 def test_mae_that_does_not_fit_is_refused_by_name():
     weights = build_mae("vit_tiny", 64).state_dict()
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.weight has shape"):
-        mae_to_sam(weights | {"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}, build_sam("vit_tiny", 128))
+        mae_to_sam(weights | {"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}, build_sam("vit_tiny", 128), "bicubic")
     del weights["blocks.1.norm1.bias"]
     with pytest.raises(ValueError, match=r"blocks\.1\.norm1\.bias is missing"):
-        mae_to_sam(weights, build_sam("vit_tiny", 128))
+        mae_to_sam(weights, build_sam("vit_tiny", 128), "bicubic")
     with pytest.raises(ValueError, match="surplus has no place"):
-        mae_to_sam(build_mae("vit_tiny", 64).state_dict() | {"surplus": torch.zeros(1)}, build_sam("vit_tiny", 128))
+        mae_to_sam(
+            build_mae("vit_tiny", 64).state_dict() | {"surplus": torch.zeros(1)}, build_sam("vit_tiny", 128), "bicubic"
+        )
 
 
 def test_patch_kernel_of_14_to_16():

@@ -94,6 +94,13 @@ def test_wrong_type_or_range(good, override, place):
         (["schedule.warmup_epochs=1"], "schedule: give exactly one of warmup_steps and warmup_epochs"),
         (["schedule.kind=multistep"], "kind=multistep needs milestones"),
         (["schedule.milestones=[5]"], "milestones belong to kind=multistep"),
+        (["schedule.kind=multistep", "schedule.milestones=[5, 3]"], "milestones must ascend, they are [5, 3]"),
+        (
+            ["schedule.kind=multistep", "schedule.milestones=[3, 9]", "phases=[{name: all, steps: 9}]"],
+            "schedule.milestones [9] lie beyond the last of 9 steps",
+        ),
+        (["model.drop_path=1.0"], "model.drop_path"),
+        (["loss.dice_smooth=0"], "loss.dice_smooth"),
         (["model.image_size=100"], "model.image_size=100 is no multiple"),
         (["loss.focal=0", "loss.dice=0"], "the masks would learn nothing"),
         (["phases.0.frozen=[image_encoder, prompt_encoder, mask_decoder]"], "freezes everything"),

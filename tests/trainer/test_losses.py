@@ -96,12 +96,13 @@ def test_points_are_read_where_they_lie_and_mostly_where_the_mask_is_uncertain()
 
 @pytest.mark.parametrize("value", [60000.0, -60000.0, 0.0])
 @pytest.mark.parametrize("fill", [0.0, 1.0])
-def test_extreme_logits_of_fp16_give_finite_losses_and_gradients(value, fill):
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_extreme_logits_of_fp16_give_finite_losses_and_gradients(value, fill, gamma):
     logits = torch.full((1, 8, 8), value, dtype=torch.float16, requires_grad=True)
     targets = torch.full((1, 8, 8), fill)
     sampled = sample_points(logits[:, None], targets, 12)
-    loss = focal_loss(logits, targets, 0.25, 2.0).sum() + dice_loss(logits, targets, 1.0).sum()
-    loss = loss + focal_loss(*sampled, 0.25, 2.0).sum() + dice_loss(*sampled, 1.0).sum()
+    loss = focal_loss(logits, targets, 0.25, gamma).sum() + dice_loss(logits, targets, 1.0).sum()
+    loss = loss + focal_loss(*sampled, 0.25, gamma).sum() + dice_loss(*sampled, 1.0).sum()
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(logits.grad).all()
