@@ -32,13 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     gpu = GPUS[options.gpu]
     work = count_work(config)
-    wrong = report_time(config, options, gpu, work)
+    step, wrong = report_time(config, options, gpu, work)
     if not options.no_memory:
         wrong |= report_memory(config, options, gpu)
     if options.dry_run:
         wrong |= report_dry_run(config, options)
     if options.plot:
-        plot(config, gpu, options.gpus_per_node, options.mfu, options.plot)
+        plot(config, gpu, options.gpus_per_node, step.utilisation, options.plot)
         print(f"\n{options.plot} is written")
     return int(wrong)
 
@@ -66,8 +66,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def report_time(config: Config, options: argparse.Namespace, gpu: Gpu, work: Work) -> bool:
-    """FLOPs, roofline, step, run, traffic, reading. True if `--in-hours` cannot be."""
+def report_time(config: Config, options: argparse.Namespace, gpu: Gpu, work: Work) -> tuple[timing.Step, bool]:
+    """FLOPs, roofline, step, run, traffic, reading. The step, and True if `--in-hours` cannot be."""
     size, gpus = config.batch.global_size, options.gpus
     second = "prompt rounds" if isinstance(config, SamConfig) else "decoder"
     print(f"{config.stage} {config.model.size}, {size} images a step on {gpus} {gpu.name}\n\nFLOPs an image")
@@ -88,10 +88,10 @@ def report_time(config: Config, options: argparse.Namespace, gpu: Gpu, work: Wor
     print(f"  energy                    {run.megawatt_hours:10.1f} MWh at board power, times {timing.FACILITY}")
     report_flow(config, options, gpu, step)
     if options.in_hours is None:
-        return False
+        return step, False
     why = timing.impossible(work, config, run.num_steps, options.in_hours, gpus, gpu)
     print(f"\nIn {options.in_hours:g} h: " + (f"impossible. {why}" if why else "not ruled out by arithmetic"))
-    return why is not None
+    return step, why is not None
 
 
 def report_roofline(config: Config, gpu: Gpu, gpus: int) -> float:

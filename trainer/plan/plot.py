@@ -13,15 +13,14 @@ from trainer.plan.count import count_work
 from trainer.plan.hardware import Gpu
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
-MFU = 0.4  # if none is given
 
 
-def points(config: Config, gpu: Gpu, gpus_per_node: int, mfu: float | None) -> list[tuple[float, float]]:
+def points(config: Config, gpu: Gpu, gpus_per_node: int, mfu: float) -> list[tuple[float, float]]:
     """(seconds a step, hours) for each of SIZES. Communication that outlasts the backward pass is added."""
     work, shape = count_work(config), memory.shape_of(config)
     found = []
     for size in SIZES:
-        step = timing.step_time(work, size, config.batch.global_size, gpu, mfu or MFU)
+        step = timing.step_time(work, size, config.batch.global_size, gpu, mfu)
         micro = timing.num_micro_batches(config, size)
         flow = timing.traffic(memory.sharding_of(config), 4.0 * shape.num_parameters, size, gpus_per_node, micro, gpu)
         hidden = step.seconds * 2 / 3  # the backward pass of a step
@@ -31,8 +30,8 @@ def points(config: Config, gpu: Gpu, gpus_per_node: int, mfu: float | None) -> l
     return found
 
 
-def plot(config: Config, gpu: Gpu, gpus_per_node: int, mfu: float | None, path: Path) -> None:
-    """Three panels over the number of GPUs; memory for every sharding, with what the GPU has."""
+def plot(config: Config, gpu: Gpu, gpus_per_node: int, mfu: float, path: Path) -> None:
+    """Three panels over the number of GPUs, at one share `mfu` of peak; memory for every sharding."""
     figure, (times, hours, room) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     found = points(config, gpu, gpus_per_node, mfu)
     times.plot(SIZES, [seconds for seconds, _ in found], "o-")
@@ -52,6 +51,6 @@ def plot(config: Config, gpu: Gpu, gpus_per_node: int, mfu: float | None, path: 
         axes.grid(alpha=0.3)
     times.set_yscale("log")
     hours.set_yscale("log")
-    figure.suptitle(f"{config.stage} {config.model.size} on {gpu.name} at {mfu or MFU:.0%} of peak")
+    figure.suptitle(f"{config.stage} {config.model.size} on {gpu.name} at {mfu:.1%} of peak")
     figure.savefig(path, dpi=110)
     plt.close(figure)

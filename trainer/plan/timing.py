@@ -16,7 +16,7 @@ from trainer.plan.memory import Activations
 from trainer.plan.simulate import Part, Simulation
 
 SA1B_IMAGES, IMAGENET_IMAGES = 11_185_362, 1_281_167  # until there is a packed data set to count
-DEFAULT_SHARE = 1.5  # a step takes so many times its roofline if nothing is stated; an assumption
+DEFAULT_SHARE = 3.3  # a step takes so many times its roofline if nothing is stated: sam_vith_paper, eager, on an H200
 FACILITY = 1.3  # energy of the whole machine over that of its GPUs, an assumption
 LOADER_IMAGES_PER_CORE = {"sam": 42.9, "mae": 405.0}  # docs/performance.md, one core of an AMD EPYC
 
