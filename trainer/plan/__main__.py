@@ -163,8 +163,7 @@ def report_dry_run(config: Config, options: argparse.Namespace) -> bool:
     if config.engine.kind == "deepspeed":
         print("  DeepSpeed's engine cannot be built without its processes: only the data was checked")
     else:
-        for rank in (0, gpus - 1):
-            seen = dry_run.fake_step(config, rank, gpus, options.gpus_per_node)
+        for rank, seen in dry_run.first_and_last(config, gpus, options.gpus_per_node).items():
             print(
                 f"  rank {rank}: engine built, one step taken; {seen['built'] / GIB:.3f} GiB before it, "
                 f"{seen['weights'] / GIB:.3f} GiB of it weights, {seen['tensors']} tensors in a checkpoint"
