@@ -68,6 +68,17 @@ def test_the_command_answers_both(capsys):
     assert "impossible. 4150075 steps in 90 h leave 78 ms a step" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "option", ["--gpus=0", "--gpus-per-node=0", "--mfu=0", "--mfu=3", "--step-seconds=0", "--steps=0", "--in-hours=nan",
+               "--then-gpus=-1", "--plot=/nowhere/plan.png", "--plot=plan"]
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused_at_once(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([str(CONFIGS / "sam_tiny.yaml"), option])
+    assert ended.value.code == 2
+    assert f"argument {option.partition('=')[0]}: " in capsys.readouterr().err
+
+
 def test_traffic_of_a_ring_by_hand():
     # 4 values on 2 GPUs of one node: each sends half of them to reduce and half to gather.
     flow = timing.traffic("ddp", 16.0, 2, 8, 1, A100)
