@@ -291,7 +291,12 @@ def open_index(directory: Path) -> dict[str, np.ndarray]:
         path = Path(directory) / INDEX_DIR / f"{column}.npy"
         if not path.is_file():
             raise ValueError(f"{path} is missing: `python -m data_tools.index {directory}` writes it anew")
-        columns[column] = np.load(path, mmap_mode="r")
+        try:
+            columns[column] = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): `python -m data_tools.index {directory}` writes it anew"
+            ) from error
     return columns
 
 

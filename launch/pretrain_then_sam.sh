@@ -14,7 +14,7 @@ MAE_CONFIG=${MAE_CONFIG:-launch/configs/mae_vith.yaml}
 SAM_CONFIG=${SAM_CONFIG:-launch/configs/sam_vith.yaml}
 mae_overrides=()
 sam_overrides=()
-mae_run_dir=$(sed -n 's/^run_dir: *\([^ #]*\).*/\1/p' "$MAE_CONFIG")
+mae_run_dir=$(sed -n "s/^run_dir: *//; t found; d; :found; s/ *#.*//; s/^[\"']\(.*\)[\"'] *$/\1/; p" "$MAE_CONFIG")
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     mae_overrides+=("$1")
     case $1 in run_dir=*) mae_run_dir=${1#run_dir=} ;; esac
@@ -23,6 +23,11 @@ done
 if [ "${1:-}" = -- ]; then
     shift
     sam_overrides=("$@")
+fi
+
+if [ -z "$mae_run_dir" ]; then                       # SAM would start from random weights
+    echo "no run_dir in $MAE_CONFIG: name it, run_dir=..." >&2
+    exit 2
 fi
 
 # The options are words on purpose: several of them, split at blanks.

@@ -46,8 +46,9 @@ say() {
 queue_again() {
     if scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
         say "queued again: $*"
-        scontrol requeue "$SLURM_JOB_ID"
-        exit 0
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
+        say "Slurm did not queue it again (above: why)"
+        return
     fi
     say "not running any more (cancelled?), not queued again: $*. The same sbatch command goes on from the checkpoint"
 }
@@ -78,8 +79,9 @@ if [ "${PREFLIGHT:-1}" = 1 ]; then
         excluded=$(printf '%s\n' "${excluded/(null)/}" "$(paste -sd, "$LOGS/bad_nodes")" | grep . | paste -sd,)
         say "bad nodes: $(paste -sd, "$LOGS/bad_nodes"); queued again without $excluded"
         trap '' TERM
-        scontrol requeuehold "$SLURM_JOB_ID" && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded" &&
-            scontrol release "$SLURM_JOB_ID"
+        scontrol requeuehold "$SLURM_JOB_ID" || exit 1
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded" || say "they could not be excluded"
+        scontrol release "$SLURM_JOB_ID"             # in any case: held, it would wait for ever
         exit 0
     fi
     [ "$code" -eq 0 ] || exit "$code"                # settings, paths, data: no other node would do better

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.sample_format import load_manifest
+from data_tools.sample_format import load_manifest, open_index
 from trainer.config import Config, ConfigError, SamConfig, is_remote, load_config
 
 # torch and what needs it is imported where it is used: reading reports must not take its ten seconds.
@@ -33,6 +33,7 @@ from trainer.config import Config, ConfigError, SamConfig, is_remote, load_confi
 SLOW = 1.5  # times the median of all processes; below that, clocks and neighbours differ anyway
 MEET_MINUTES = 0.5
 PACKAGES = ("torch", "torchvision", "deepspeed", "numpy", "opencv-python-headless", "simplejpeg", "numba")
+GPUS_SEEN = "GPUs seen"
 Scope = Literal["node", "run", "meeting"]  # whose fault a failure is: this node, the settings, or the network between
 
 
@@ -111,7 +112,7 @@ def node_name() -> str:
 
 def check_here(config: Config, reports: Path | None) -> int:
     """All checks of this process. With `reports`: write them down; else gather them, and rank 0 shows the table."""
-    from trainer.distributed import gather_objects, read_place, start_world, stop_world
+    from trainer.distributed import gather_objects, read_place, start_world, stop_world, sum_on_host
 
     place = read_place(os.environ)
     rank, local_rank = (place[0], place[2]) if place else (0, 0)
@@ -125,16 +126,25 @@ def check_here(config: Config, reports: Path | None) -> int:
     try:
         world = start_world(MEET_MINUTES)
         report.rows.append(Row("processes meet", True, f"{world.size} on {world.num_nodes} nodes", scope="meeting"))
-        check_device(config, report, world)
+        device_works = attempt("device", check_device, config, report, world)
         if reports:
             report.write(reports)
-        check_loader(config, report, world)
-        measure_network(report, world)
+        attempt("loader", check_loader, config, report, world)
+        if reports:
+            report.write(reports)
+        if not sum_on_host([not device_works], world)[0]:  # else its neighbours would wait for it
+            measure_network(report, world)
         if reports:
             report.write(reports)
             return 0
         gathered = gather_objects(report, world)
         return show(judge_reports(gathered, [], 0), None) if world.is_main else 0
+    except ValueError as error:  # what this process was told does not suit this machine
+        report.rows.append(Row("processes", False, str(error), "a GPU is missing here, or the launcher's numbers are"))
+        if reports:
+            report.write(reports)
+            return 1
+        return show(judge_reports([report], [], 0), None)
     except RuntimeError as error:  # what torch.distributed raises when others are missing or cannot be reached
         advice = "set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the interface between the nodes; is the port free?"
         report.rows.append(Row("processes meet", False, str(error).splitlines()[0][:200], advice, "meeting"))
@@ -145,6 +155,17 @@ def check_here(config: Config, reports: Path | None) -> int:
     finally:
         if world is not None:
             stop_world(world)
+
+
+def attempt(name: str, check: Callable[..., None], config: Config, report: Report, world: Any) -> bool:
+    """Run a check; if it cannot be made, that is its result, and the other checks go on. Whether it was made."""
+    try:
+        check(config, report, world)
+    except (RuntimeError, OSError, ValueError) as error:
+        advice = "see the failures above, and this process's log; if only this node has it, ask the operators"
+        report.rows.append(Row(name, False, (str(error) or repr(error)).splitlines()[0][:300], advice))
+        return False
+    return True
 
 
 def check_paths(config: Config, first_of_node: bool, rank: int) -> list[Row]:
@@ -172,13 +193,30 @@ def check_writable(run_dir: Path) -> Row:
 
 
 def check_space(config: Config) -> Row:
-    """Free space against the checkpoints to come: `keep_last` of them and the one being written."""
+    """Free space against the checkpoints to come: those that will be kept and the one being written."""
     size = checkpoint_bytes(config)
     existing = len(list((config.run_dir / "checkpoints").glob("step_*")))
-    needed = size * max(config.checkpoint.keep_last + 1 - existing, 1)
+    needed = size * max(checkpoints_kept(config) + 1 - existing, 1)
     free = shutil.disk_usage(config.run_dir).free if config.run_dir.exists() else 0
     found = f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB to come ({size / 1e9:.2f} GB a checkpoint)"
-    return Row("disk", free > needed, found, "free space, move run_dir, or lower checkpoint.keep_last", "run")
+    return Row("disk", free > needed, found, "free space, move run_dir, or keep fewer checkpoints", "run")
+
+
+def checkpoints_kept(config: Config) -> int:
+    """At the end of the run: the last, every so-manieth, the best."""
+    from trainer.optim import phase_ends, steps_of
+    from trainer.plan.timing import num_samples_of
+
+    checkpoint, size = config.checkpoint, config.batch.global_size
+    kept = checkpoint.keep_last + checkpoint.keep_best
+    if checkpoint.keep_every:
+        try:
+            num_samples = load_manifest(Path(config.data.shards)).num_samples
+        except (OSError, ValueError):  # remote, or another row says what is wrong with it
+            num_samples = num_samples_of(config)
+        interval = checkpoint.every_steps or steps_of(checkpoint.every_epochs or 0, num_samples, size)
+        kept += phase_ends(config.phases, num_samples, size)[-1] // (interval * checkpoint.keep_every)
+    return kept
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -189,7 +227,7 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def check_shards(name: str, source: str) -> Row:
-    """Manifest, and every shard's size against it; no byte of a shard is read."""
+    """Manifest, and every shard's size and the index against it; no byte of a shard is read."""
     if is_remote(source):
         return Row(name, True, f"{source} is remote, its shards are checked when they are fetched")
     directory = Path(source)
@@ -203,7 +241,13 @@ def check_shards(name: str, source: str) -> Row:
         path = directory / shard.name
         size = path.stat().st_size if path.is_file() else None
         if size != shard.num_bytes:
-            wrong.append(f"{shard.name} has {size} bytes, not {shard.num_bytes}" if size else f"{shard.name} missing")
+            wrong.append(f"{shard.name} " + ("missing" if size is None else f"has {size} bytes, not {shard.num_bytes}"))
+    try:
+        rows, positions = len(open_index(directory)["image_id"]), sum(shard.num_positions for shard in manifest.shards)
+        if rows != positions:
+            wrong.append(f"the index has {rows} rows, not {positions}: `python -m data_tools.index {source}`")
+    except (OSError, ValueError) as error:
+        wrong.append(str(error))
     total = sum(shard.num_bytes for shard in manifest.shards)
     found = f"{len(manifest.shards)} shards, {total / 1e9:.1f} GB, {manifest.num_samples} samples"
     return Row(name, not wrong, "; ".join(wrong[:3]) + f" ({len(wrong)} wrong)" if wrong else found, hint)
@@ -211,7 +255,9 @@ def check_shards(name: str, source: str) -> Row:
 
 def versions() -> dict[str, str]:
     """What must be equal on all nodes."""
-    found = {"python": platform.python_version()}
+    import torch
+
+    found = {"python": platform.python_version(), GPUS_SEEN: str(torch.cuda.device_count())}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -219,8 +265,11 @@ def versions() -> dict[str, str]:
             found[package] = "none"
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        found["driver"] = shown.stdout.split()[0] if shown.stdout.split() else "none"
+        try:
+            words = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split()
+            found["driver"] = words[0] if words else "none"
+        except subprocess.TimeoutExpired:  # as it is with a GPU that fell off its bus
+            found["driver"] = "hangs"
     return found
 
 
@@ -377,7 +426,10 @@ def other_versions(reports: Iterable[Report]) -> list[tuple[str, Report, Row]]:
         for report in reports:
             if report.versions.get(name, usual) != usual:
                 text = f"{name} {report.versions[name]}, elsewhere {usual}"
-                found.append(("versions", report, Row("versions", False, text, "install the same environment")))
+                advice = "install the same environment"
+                if name == GPUS_SEEN or report.versions[name] == "hangs":
+                    advice = "a GPU or its driver does not answer: see nvidia-smi there"
+                found.append(("versions", report, Row("versions", False, text, advice)))
     return found
 
 

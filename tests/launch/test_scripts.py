@@ -42,11 +42,17 @@ def slurm(tmp_path):
         path.chmod(0o755)
 
     def run(
-        script: str, arguments: list[str], code: int = 0, state: str = "RUNNING", judged: int = 0, **variables: str
+        script: str,
+        arguments: list[str],
+        code: int = 0,
+        state: str = "RUNNING",
+        judged: int = 0,
+        refused: str = "never",  # a verb of scontrol that fails
+        **variables: str,
     ):
         program(programs / "srun", f'case "$*" in *trainer.train*) exit {code};; esac')
         job = f"JobId=7 JobState={state} ExcNodeList=n9 Reason=x"
-        shown = f'case "$*" in *hostnames*) echo n0; echo n1;; *"show job"*) echo {job};; esac'
+        shown = f'case "$*" in *hostnames*) echo n0; echo n1;; *"show job"*) echo {job};; {refused}*) exit 1;; esac'
         program(programs / "scontrol", shown)
         # The preflight's answers: the newest step, and on judging the names of bad nodes.
         judge = f"echo n1 > runs/slurm/job-7/bad_nodes; exit {judged}" if judged == 1 else f"exit {judged}"
@@ -104,6 +110,41 @@ def test_a_job_is_queued_again_after_a_signal_or_a_crash(slurm, code, state, que
     exit_code, log, calls = slurm("sam_vith.slurm", [], code, state)
     assert ("scontrol requeue 7" in calls) == queued
     assert exit_code == (0 if queued else code), log
+
+
+def test_a_job_that_slurm_does_not_queue_again_has_failed(slurm):
+    """Not completed: what waits for it with afterok would start."""
+    for code in (75, 1):
+        assert slurm("sam_vith.slurm", [], code, refused="requeue")[0] == code
+    assert slurm("sam_vith.slurm", [], judged=1, refused="requeuehold")[0] == 1
+
+
+def test_a_job_whose_nodes_cannot_be_excluded_is_not_left_held(slurm):
+    code, log, calls = slurm("sam_vith.slurm", [], judged=1, refused="update")
+    assert code == 0
+    assert "could not be excluded" in log
+    assert "scontrol release 7" in calls
+
+
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ("run_dir: runs/a   # the first", "runs/a"),
+        ('run_dir: "runs/b c"', "runs/b c"),
+        ("run_dir: 'runs/d' # quoted", "runs/d"),
+        ("run_dirs: runs/e", None),
+    ],
+)
+def test_sam_starts_from_the_run_that_the_config_of_mae_names(tmp_path, line, found):
+    config, calls, sbatch = tmp_path / "mae.yaml", tmp_path / "calls", tmp_path / "sbatch"
+    config.write_text(f"stage: mae\n{line}\n")
+    sbatch.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" >> {calls}\necho 7\n')
+    sbatch.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MAE_CONFIG": str(config)}
+    done = subprocess.run([ROOT / "launch/pretrain_then_sam.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == (0 if found else 2), done.stderr
+    assert calls.exists() == (found is not None)
+    assert found is None or f"model.init_from={found}" in calls.read_text().splitlines()
 
 
 def test_the_guard_counts_starts_without_a_step(slurm):

@@ -68,6 +68,17 @@ def test_the_command_answers_both(capsys):
     assert "impossible. 4150075 steps in 90 h leave 78 ms a step" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "option", ["--gpus=0", "--gpus-per-node=0", "--mfu=0", "--mfu=3", "--step-seconds=0", "--steps=0", "--in-hours=nan",
+               "--then-gpus=-1", "--plot=/nowhere/plan.png", "--plot=plan"]
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused_at_once(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([str(CONFIGS / "sam_tiny.yaml"), option])
+    assert ended.value.code == 2
+    assert f"argument {option.partition('=')[0]}: " in capsys.readouterr().err
+
+
 def test_traffic_of_a_ring_by_hand():
     # 4 values on 2 GPUs of one node: each sends half of them to reduce and half to gather.
     flow = timing.traffic("ddp", 16.0, 2, 8, 1, A100)
@@ -163,8 +174,6 @@ def test_states_of_the_torch_engines_are_what_the_real_engine_builds():
     seen = dry_run.fake_step(config, 0, 256, 8)
     # FSDP2 gives rank 0 the rounded-up share of each tensor's first dimension, so small tensors weigh more.
     assert shape.num_parameters * 4 / 256 <= seen["weights"] <= shape.num_parameters * 4 / 8
-    replica = config_of("sam_tiny", "engine.precision=fp32", "batch.micro=1")
-    assert dry_run.fake_step(replica, 0, 256, 8)["weights"] >= shape.num_parameters * 4
 
 
 # ---------------------------------------------------------------------------------------------------------- dry run
@@ -187,6 +196,12 @@ def test_the_check_sees_a_missing_and_a_doubled_sample(monkeypatch):
 
     monkeypatch.setattr(dry_run.StepSampler, "__iter__", spoiled)
     assert dry_run.check_positions(config, (256,)) == ["256 ranks: steps 1000 to 1002 are not each position once"]
+
+
+def test_a_rank_of_256_builds_its_engine_and_steps():
+    """DDP in this process, which is quick; FSDP2 and the command below."""
+    config = config_of("sam_tiny", "engine.precision=fp32", "batch.micro=1")
+    assert dry_run.fake_step(config, 255, 256, 8)["weights"] >= memory.shape_of(config).num_parameters * 4
 
 
 @pytest.mark.slow

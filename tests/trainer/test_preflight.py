@@ -1,16 +1,30 @@
 """Preflight: what it finds, whom it blames, and that it runs as a command, alone and on two processes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.launch_ranks import ROOT, clean_environment, launch_ranks
 from tests.trainer.tiny import sam_arguments
 from trainer.config import load_config
-from trainer.preflight import Report, Row, check_shards, check_space, check_writable, judge, judge_reports, newest_step
+from trainer.preflight import (
+    GPUS_SEEN,
+    Report,
+    Row,
+    attempt,
+    check_shards,
+    check_space,
+    check_writable,
+    judge,
+    judge_reports,
+    main,
+    newest_step,
+)
 
 
 def reports(num_nodes: int, per_node: int = 2) -> list[Report]:
@@ -20,7 +34,7 @@ def reports(num_nodes: int, per_node: int = 2) -> list[Report]:
             rank,
             f"n{rank // per_node}",
             [Row("config", True, "")],
-            {"numpy": "2.0"},
+            {"numpy": "2.0", GPUS_SEEN: "8"},
             {"matmul TFLOP/s": 100.0 + rank, "copy GB/s": 20.0},
         )
         for rank in range(num_nodes * per_node)
@@ -40,6 +54,8 @@ def test_all_is_well():
     [
         (lambda found: found.pop(6), "no report"),
         (lambda found: found[6].versions.update(numpy="1.0"), "versions"),
+        (lambda found: found[6].versions.update({GPUS_SEEN: "7"}), "versions"),
+        (lambda found: found[7].rows.append(Row("device", False, "CUDA error")), "device"),
         (lambda found: found[7].measured.update({"matmul TFLOP/s": 50.0}), "matmul TFLOP/s"),
         (lambda found: found[6].measured.update({"copy GB/s": 2.0}), "copy GB/s"),
         (lambda found: found[6].rows.append(Row("run_dir", False, "read-only")), "run_dir"),
@@ -92,6 +108,37 @@ def test_a_short_and_a_missing_shard_are_named(scenes, tmp_path):
     assert "shard-000001.tar missing" in row.found
 
 
+def test_a_missing_index_and_one_of_other_data_are_named(scenes, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(scenes["train"], broken)
+    column = broken / "index/image_id.npy"
+    np.save(column, np.load(column)[:-1])
+    assert "the index has " in check_shards("data.shards", str(broken)).found
+    column.write_bytes(column.read_bytes()[:100])
+    assert f"{column} is damaged" in check_shards("data.shards", str(broken)).found
+    column.unlink()
+    assert f"{column} is missing" in check_shards("data.shards", str(broken)).found
+
+
+def test_data_that_cannot_be_opened_still_give_a_table(scenes, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(scenes["train"], broken)
+    (broken / "manifest.json").write_text("{")
+    assert main(sam_arguments(scenes, tmp_path / "run", f"data.shards={broken}")) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[1] for line in lines if line.startswith("FAIL")} == {"data.shards", "loader"}
+    assert any(line.startswith("ok    matmul") for line in lines)
+
+
+def test_a_gpu_that_cannot_compute_is_its_nodes_fault():
+    def check(config, report, world):
+        raise RuntimeError("CUDA error: uncorrectable ECC error\nmore")
+
+    report = Report(0, "n0")
+    assert not attempt("device", check, None, report, None)
+    assert (report.rows[0].found, report.rows[0].scope) == ("CUDA error: uncorrectable ECC error", "node")
+
+
 def test_a_run_directory_that_cannot_be_made_is_found(tmp_path):
     (tmp_path / "file").write_text("")
     assert not check_writable(tmp_path / "file" / "run").ok
@@ -105,6 +152,9 @@ def test_space_is_that_of_the_checkpoints_to_come(scenes, tmp_path, monkeypatch)
     for free, fits in ((4.1e9, True), (3.9e9, False)):  # keep_last=3 and one being written
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))
         assert check_space(config).ok == fits
+    more = ["checkpoint.every_steps=10", "checkpoint.keep_every=2", "phases=[{name: all, steps: 100}]"]
+    config = load_config(Path(arguments[0]), [*arguments[1:], *more])
+    assert "9.0 GB to come" in check_space(config).found  # and steps 20, 40, ... 100 for good
 
 
 def test_newest_step(tmp_path):

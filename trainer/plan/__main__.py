@@ -43,26 +43,53 @@ def main(arguments: list[str] | None = None) -> int:
     return int(wrong)
 
 
+def count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"should be at least 1, is {text}")
+    return number
+
+
+def positive(text: str) -> float:
+    if not (number := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"should be above 0, is {text}")
+    return number
+
+
+def share(text: str) -> float:
+    if (number := positive(text)) > 1:
+        raise argparse.ArgumentTypeError(f"is a share of the peak, 0.03 for 3 %, and not {text}")
+    return number
+
+
+def picture(text: str) -> Path:
+    """Looked at before minutes of work, not after."""
+    if not (path := Path(text)).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent} does not exist")
+    if path.suffix not in (".png", ".pdf", ".svg", ".jpg"):
+        raise argparse.ArgumentTypeError(f"should end in .png, .pdf, .svg or .jpg, is {text}")
+    return path
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
-    parser.add_argument("--gpus", type=int, default=256)
-    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--gpus", type=count, default=256)
+    parser.add_argument("--gpus-per-node", type=count, default=8)
     parser.add_argument("--gpu", choices=sorted(GPUS), default="a100-80gb")
     speed = parser.add_mutually_exclusive_group()
-    speed.add_argument("--mfu", type=float, help="share of the GPU's peak that useful FLOPs reach")
-    speed.add_argument("--step-seconds", type=float, help="a measured step, with accumulation")
-    parser.add_argument("--steps", type=int, help="instead of the config's phases")
-    parser.add_argument("--in-hours", type=float, help="can the run end in this time?")
+    speed.add_argument("--mfu", type=share, help="share of the GPU's peak that useful FLOPs reach")
+    speed.add_argument("--step-seconds", type=positive, help="a measured step, with accumulation")
+    parser.add_argument("--steps", type=count, help="instead of the config's phases")
+    parser.add_argument("--in-hours", type=positive, help="can the run end in this time?")
     parser.add_argument("--no-memory", action="store_true", help="time only: seconds instead of minutes")
     parser.add_argument(
         "--dry-run", action="store_true", help="build engine and data as ranks 0 and last, one fake step"
     )
-    parser.add_argument("--then-gpus", type=int, default=192, help="with --dry-run: go on with so many")
-    parser.add_argument("--plot", type=Path, help="write step time, memory and hours from 8 to 1024 GPUs here")
+    parser.add_argument("--then-gpus", type=count, default=192, help="with --dry-run: go on with so many")
+    parser.add_argument("--plot", type=picture, help="write step time, memory and hours from 8 to 1024 GPUs here")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -163,8 +190,7 @@ def report_dry_run(config: Config, options: argparse.Namespace) -> bool:
     if config.engine.kind == "deepspeed":
         print("  DeepSpeed's engine cannot be built without its processes: only the data was checked")
     else:
-        for rank in (0, gpus - 1):
-            seen = dry_run.fake_step(config, rank, gpus, options.gpus_per_node)
+        for rank, seen in dry_run.first_and_last(config, gpus, options.gpus_per_node).items():
             print(
                 f"  rank {rank}: engine built, one step taken; {seen['built'] / GIB:.3f} GiB before it, "
                 f"{seen['weights'] / GIB:.3f} GiB of it weights, {seen['tensors']} tensors in a checkpoint"

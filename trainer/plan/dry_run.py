@@ -4,6 +4,8 @@ The process group is torch's fake one, which answers every collective at once, a
 of *all* ranks are then checked: together they are each step's positions, once each, also after a change of size.
 """
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
@@ -52,6 +54,7 @@ def fake_step(config: Config, rank: int, size: int, local_size: int, masks: int 
         stack.enter_context(without_initialisation())
         stack.enter_context(patch("trainer.parallel.torch_engine.init_device_mesh", real_mesh))
         stack.enter_context(patch("trainer.parallel.torch_engine.DistributedDataParallel", PlainReplica))
+        stack.enter_context(patch("trainer.parallel.initial.check_filled", lambda task: None))  # it looks at values
         stack.enter_context(FakeTensorMode())
         watch = stack.enter_context(Watch())
         task = fake_task(config)
@@ -66,6 +69,17 @@ def fake_step(config: Config, rank: int, size: int, local_size: int, masks: int 
         state = engine.state_dict()
         shard = sum(local_bytes(value) for name, value in state.items() if name.startswith("model."))
         return {"built": built, "peak": watch.peak, "weights": shard, "tensors": len(state)}
+
+
+def first_and_last(config: Config, size: int, local_size: int) -> dict[int, dict[str, float]]:
+    """`fake_step` of ranks 0 and last, each in a process of its own: torch remembers shards' shapes by operation and
+    mesh, not by rank, so the second rank in a process would be given the first one's.
+    """
+    ranks = sorted({0, size - 1})
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(ranks), mp_context=spawn, max_tasks_per_child=1) as pool:
+        futures = {rank: pool.submit(fake_step, config, rank, size, local_size) for rank in ranks}
+        return {rank: future.result() for rank, future in futures.items()}
 
 
 def local_bytes(tensor: Tensor) -> int:
