@@ -3,7 +3,8 @@
 #
 # The gpu tests, the forms of attention, and one full-size step of each recipe and stage, eager and compiled. Needs
 # torch; what another missing package (or the GPU) prevents is skipped, and said. Without network. PYTHON=... picks the
-# interpreter. Results: OUTDIR/attention.json, OUTDIR/steps_CONFIG.json, a log of each part, and summary.txt.
+# interpreter. Ends with 1 if a part failed. Results: OUTDIR/attention.json, OUTDIR/steps_CONFIG.json, a log of each part,
+# and summary.txt.
 set -u -o pipefail
 OUT=${1:?usage: bench/gpu.sh OUTDIR}
 PYTHON=${PYTHON:-python3}
@@ -11,6 +12,7 @@ cd "$(dirname "$0")/.."
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 SUMMARY=$OUT/summary.txt
+FAILED=0
 DEADLINE=$((SECONDS + ${GPU_SH_SECONDS:-520}))
 : > "$SUMMARY"
 
@@ -30,6 +32,7 @@ run() {
     if [ "$code" -eq 0 ]; then
         say "done $name"
     else
+        FAILED=1
         say "FAILED $name (exit code $code; 124 and 137: over its $limit s): $(tail -n 1 "$OUT/$name.txt")"
     fi
 }
@@ -82,3 +85,5 @@ fi
 
 run attention 90 "$PYTHON" -m bench.attention --dtype bfloat16 --case vit_h_window --case vit_h_global \
     --case decoder_image_to_token_1024px --case decoder_token_to_image_1024px --out "$OUT/attention.json"
+
+exit $FAILED

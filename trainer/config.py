@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -92,7 +93,7 @@ class SamData(Section):
     embeddings: Path | None = None  # of a frozen encoder, made by trainer.embed; read instead of images
     holdout_images: CountOrZero = 0  # left out of training by hash of the image id, about this many
     max_masks: Count = 64  # per image and step (SAM App. A)
-    max_mask_area: Probability | None = None  # leave out masks over this share of the image (SAM 0.9; doc none)
+    max_mask_area: Share | None = None  # leave out masks over this share of the image (SAM 0.9; doc none)
     scale_jitter: Range | None = None  # of the long side, then crop or pad (doc 0.8, 1.2)
     horizontal_flip: Probability = 0.0
     color_jitter: NonNegative = 0.0  # brightness, contrast, saturation each by a factor in 1 -+ this
@@ -179,7 +180,7 @@ class Optim(Section):
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     decay_bias_and_norm: bool = True  # MAE: false; doc silent
-    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # of the encoder (SAM 0.8; doc none)
+    layer_decay: Share = 1.0  # of the encoder, stage sam only (SAM 0.8; doc none)
     grad_clip: Positive | None = None  # global norm; neither recipe clips
     ema_decay: BelowOne | None = None  # average the weights, 0.9999 say; evaluation and export then use the average
 
@@ -355,6 +356,15 @@ class MaeConfig(Run):
             problems.append(
                 f"model.image_size={self.model.image_size} is no multiple of patch_size={self.model.patch_size}"
             )
+        elif int((self.model.image_size // self.model.patch_size) ** 2 * (1 - self.model.mask_ratio)) == 0:
+            problems.append(f"model.mask_ratio={self.model.mask_ratio} leaves no patch to see")
+        if self.model.decoder_dim % self.model.decoder_heads or self.model.decoder_dim % 4:
+            problems.append(
+                f"model.decoder_dim={self.model.decoder_dim} must be a multiple of 4 (sine and cosine of rows and "
+                f"columns) and of decoder_heads={self.model.decoder_heads}"
+            )
+        if self.optim.layer_decay != 1.0:
+            problems.append("optim.layer_decay belongs to stage sam: MAE trains all layers at one rate")
         if any(phase.frozen for phase in self.phases):
             problems.append("phases[].frozen belongs to stage sam")
         if self.engine.checkpoint_rounds:
@@ -398,7 +408,9 @@ class SamConfig(Run):
 
 
 def _schedule_problems(config: Run) -> list[str]:
-    """Milestones that are never reached, where the length is given in steps."""
+    """An end above the peak; milestones that are never reached, where the length is given in steps."""
+    if config.schedule.min_lr > config.optim.lr and not config.optim.lr_per_256:
+        return [f"schedule.min_lr={config.schedule.min_lr} is above optim.lr={config.optim.lr}"]
     steps = [phase.steps for phase in config.phases]
     known = sum(count for count in steps if count is not None)
     late = [milestone for milestone in config.schedule.milestones if milestone >= known]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from trainer.config import ConfigError, SamConfig, load_config
-from trainer.data.embeddings import STAMP_NAME, encoder_hash, read_made_of
+from trainer.data.embeddings import COMPUTED, STAMP_NAME, UNREADABLE, encoder_hash, read_made_of
 from trainer.data.eval_data import evaluation_batch
 from trainer.data.shards import open_shards
 from trainer.distributed import single_process
@@ -37,6 +37,8 @@ def embed(config: SamConfig, out: Path) -> int:
     reader = open_shards(config.data.shards, config.data.remote)
     trained, _ = reader.split(config.data.holdout_images)
     rows = np.concatenate([shard.rows() for shard in trained])
+    if rows.size == 0:
+        raise ValueError(f"data.holdout_images={config.data.holdout_images} leaves no image to train on")
     sam = build_sam_task(config, ("image_encoder",), initial_weights=True).sam
     made_of = {
         "encoder": encoder_hash(sam.image_encoder.state_dict()),
@@ -48,7 +50,7 @@ def embed(config: SamConfig, out: Path) -> int:
     side = config.model.image_size // sam.image_encoder.patch_size
     shape = (reader.manifest.num_positions, sam.prompt_encoder.embed_dim, side, side)
     values, done = open_arrays(out, shape, made_of)
-    waiting = rows[done[rows] == 0]
+    waiting = rows[done[rows] != COMPUTED]
     check_space(out, len(waiting), shape)
     (out / STAMP_NAME).unlink(missing_ok=True)
     started = time.perf_counter()
@@ -58,7 +60,7 @@ def embed(config: SamConfig, out: Path) -> int:
         with autocast(config.engine.precision, world.device):
             images = sam.normalize_images(batch.images, batch.image_sizes)
             values[part] = sam.encode_images(images).to(torch.float16).cpu().numpy()
-        done[part] = [bool(key) for key in batch.keys]  # not what could not be read
+        done[part] = [COMPUTED if key else UNREADABLE for key in batch.keys]
         if first % (64 * BATCH) == 0:
             speed = (first + len(part)) / (time.perf_counter() - started)
             print(f"{first + len(part)} of {len(waiting)} images, {speed:.1f} a second", flush=True)

@@ -13,8 +13,10 @@ compared before it takes its name.
 """
 
 import argparse
+import re
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,10 @@ def check_target(out: Path, file_format: str) -> None:
     if file_format != "huggingface":
         if out.is_dir():
             raise ValueError(f"{out} is a directory; --format {file_format} writes a file")
+        if out.suffix == ".safetensors":
+            raise ValueError(f"{out}: --format {file_format} writes what torch.load reads; end it in .pth")
+        if out.is_file() and not zipfile.is_zipfile(out):  # a file of torch.save is one
+            raise ValueError(f"{out} is there and no export wrote it; give another --out")
     elif out.is_file():
         raise ValueError(f"{out} is a file; --format huggingface writes a directory")
     elif out.is_dir():
@@ -118,7 +124,8 @@ def check_target(out: Path, file_format: str) -> None:
 
 def is_huggingface_file(name: str) -> bool:
     """Whether `save_pretrained` of transformers writes a file of that name."""
-    return (name.startswith("model") and ".safetensors" in name) or name.endswith("config.json")
+    configs = {"config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors.index.json"}
+    return name in configs or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name) is not None
 
 
 def write_huggingface(weights: Weights, directory: Path) -> None:

@@ -11,6 +11,7 @@ answered by the hypothesis of highest predicted IoU of three, more prompts by th
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -54,9 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.everything == bool(options.point or options.box):
         parser.error("give either --everything or some --point and --box")
+    out = options.out or Path(f"{options.image.stem}_masks")
     try:
+        if not out.absolute().parent.is_dir():
+            raise ValueError(f"--out: {out.parent} is no folder: make it first")
         sam, single, single_for_boxes = load_sam(options.weights)
         image = read_image(options.image)
+        check_inside(image, options.point, options.box)
         sam.to(single_process().device)
         if options.everything:
             found = automatic_masks(sam, image, settings_of(options))
@@ -67,7 +72,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"predict: {error}", file=sys.stderr)
         return 2
     found = [one for one in found if rle.area(one.mask) > 0]
-    out = options.out or Path(f"{options.image.stem}_masks")
     picture = draw_full_size(
         overlay_many(image, [rle.to_bitmap(f.mask).astype(bool) for f in found]), options.point, options.box
     )
@@ -77,7 +81,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def check_inside(image: np.ndarray, points: list[Point], box: Box | None) -> None:
+    """Raises `ValueError` for a point outside the image, or a box that does not touch it."""
+    height, width = image.shape[:2]
+    for x, y, _ in points:
+        if not (0 <= x <= width and 0 <= y <= height):
+            raise ValueError(f"--point {x:g},{y:g} lies outside the image of {width}x{height} pixels")
+    if box is not None and not (box[0] < width and box[1] < height and box[2] > 0 and box[3] > 0):
+        raise ValueError(f"--box {','.join(f'{side:g}' for side in box)} does not touch the image of {width}x{height}")
+
+
 def settings_of(options: argparse.Namespace) -> Settings:
+    if options.points_per_side < 1:
+        raise ValueError(f"--points-per-side {options.points_per_side}: at least 1 is needed")
     return Settings(
         points_per_side=options.points_per_side,
         min_predicted_iou=options.min_predicted_iou,
@@ -178,7 +194,7 @@ def numbers(text: str, counts: tuple[int, ...]) -> list[float]:
         parts = [float(part) for part in text.split(",")]
     except ValueError:
         parts = []
-    if len(parts) not in counts:
+    if len(parts) not in counts or not all(map(math.isfinite, parts)):
         raise argparse.ArgumentTypeError(f"{text!r}: {' or '.join(map(str, counts))} numbers with commas are needed")
     return parts
 

@@ -53,6 +53,7 @@ def build_pipeline(config: Config) -> Pipeline:
         if config.data.embeddings is not None:
             embeddings = EmbeddingStore(config.data.embeddings)
             embeddings.check(reader.fingerprint(), config.model.image_size)
+            embeddings.check_complete(rows)
         dataset = SamDataset(reader, order, config, encoder_depth(config), embeddings)
     else:
         num_patches = (config.model.image_size // config.model.patch_size) ** 2
@@ -136,12 +137,15 @@ def build_sam_task(
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Network weights from a run directory, one of its checkpoints, or a file (`.pth`, `.safetensors`).
+    """Network weights from a run directory, one of its checkpoints, a file (`.pth`, `.safetensors`) or a directory of
+    transformers.
 
     Names are the network's own: the task's prefix is removed, transformers' names of a SAM become ours. Where a
     checkpoint holds averaged weights (optim.ema_decay) they are what is read. Raises `ValueError` if nothing is found,
     or if any value is not finite.
     """
+    if (path / "model.safetensors").is_file():  # a directory of transformers
+        path = path / "model.safetensors"
     if path.is_file():
         weights = read_weights_file(path)
         if any(name.startswith("vision_encoder.") for name in weights):
@@ -169,7 +173,9 @@ def checkpoint_of(path: Path) -> Path:
 
 
 def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name of a `.safetensors` or `.pth` file, there also under "model". Raises `ValueError`."""
+    """Tensors by name of a `.safetensors` or `.pth` file, there also under "model" or "state_dict", and without the
+    "module." of a DDP wrapper. Raises `ValueError`.
+    """
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError  # here and not above: files of this kind alone need it
         from safetensors.torch import load_file
@@ -182,10 +188,10 @@ def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError) as error:  # other, empty, cut, text
         raise ValueError(f"{path} is no whole file of weights that torch.save wrote: {error!r:.200}") from error
-    weights = tree.get("model", tree) if isinstance(tree, dict) else tree
+    weights = tree.get("model", tree.get("state_dict", tree)) if isinstance(tree, dict) else tree
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise ValueError(f"{path} holds no tensors by name, neither at the top nor under 'model'")
-    return weights
+        raise ValueError(f"{path} holds no tensors by name, neither at the top nor under 'model' or 'state_dict'")
+    return {name.removeprefix("module."): value for name, value in weights.items()}
 
 
 def sam_size(weights: Mapping[str, torch.Tensor]) -> tuple[str, int]:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import trainer.train
+from tests.trainer.tiny import CONFIGS
 from trainer.config import ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +101,8 @@ def test_wrong_type_or_range(good, override, place):
             "schedule.milestones [9] lie beyond the last of 9 steps",
         ),
         (["model.drop_path=1.0"], "model.drop_path"),
+        (["schedule.min_lr=1"], "schedule.min_lr=1.0 is above optim.lr"),
+        (["data.max_mask_area=0"], "data.max_mask_area"),
         (["loss.dice_smooth=0"], "loss.dice_smooth"),
         (["model.image_size=100"], "model.image_size=100 is no multiple"),
         (["loss.focal=0", "loss.dice=0"], "the masks would learn nothing"),
@@ -217,3 +220,19 @@ def test_command_ends_with_code_2_and_no_traceback(tmp_path):
     assert done.returncode == 2
     assert "seeed: no such key; did you mean seed?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "override, part",
+    [
+        ("optim.layer_decay=0.5", "optim.layer_decay belongs to stage sam"),
+        ("model.mask_ratio=0.999", "leaves no patch to see"),
+        ("model.mask_ratio=1", "model.mask_ratio"),
+        ("model.decoder_heads=5", "must be a multiple of 4"),
+        ("model.decoder_dim=98", "must be a multiple of 4"),
+    ],
+)
+def test_what_the_autoencoder_cannot_do(override, part):
+    path = CONFIGS / "mae_tiny.yaml"
+    with pytest.raises(ConfigError, match=part):
+        load_config(path, [override], check_paths=False)

@@ -117,6 +117,19 @@ def test_an_interrupted_computation_goes_on(scenes, tmp_path, monkeypatch):
     assert embed.embed(config, tmp_path / "store") == 0
 
 
+def test_rows_that_were_held_out_are_asked_for_before_training(scenes, tmp_path, capsys):
+    cached = [*FROZEN, f"data.embeddings={tmp_path / 'store'}"]
+    some = sam_arguments(scenes, tmp_path / "run", *cached, "data.holdout_images=10")
+    assert embed.main(some) == 0
+    every = sam_arguments(scenes, tmp_path / "run", *cached)
+    assert train.main(every) == 2
+    assert "training images, held out when it was made" in capsys.readouterr().err
+    assert embed.main(every) == 0
+    assert train.main(every) == 0
+    assert embed.main([*every, "data.holdout_images=1000"]) == 2
+    assert "leaves no image to train on" in capsys.readouterr().err
+
+
 def test_the_config_says_what_embeddings_cannot_do(scenes, tmp_path):
     for wrong, match in (
         (["data.horizontal_flip=0.5"], "unchanged images"),

@@ -185,7 +185,16 @@ def test_an_export_destroys_nothing_else(saved, tmp_path):
         export(file, precious, "timm")
     with pytest.raises(ValueError, match="make it first"):
         export(file, tmp_path / "nowhere/out.pth")
+    with pytest.raises(ValueError, match=r"thesis\.txt is there and no export wrote it"):
+        export(file, precious / "thesis.txt")
+    with pytest.raises(ValueError, match=r"end it in \.pth"):
+        export(file, tmp_path / "x.safetensors", "timm")
     assert (precious / "thesis.txt").read_text() == "keep"
+    (precious / "thesis.txt").rename(precious / "my_config.json")
+    with pytest.raises(ValueError, match=r"my_config\.json', which no export wrote"):
+        export(file, precious, "huggingface")
+    export(file, tmp_path / "twice.pth")
+    export(file, tmp_path / "twice.pth")  # an export may be written again
 
 
 @pytest.mark.parametrize("content", ["text", "empty", "cut", "list", "number", "safetensors"])

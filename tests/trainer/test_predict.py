@@ -189,11 +189,27 @@ def test_everything_writes_what_the_packer_reads(run_dir, photo, tmp_path):
         (["--point", "1"], "numbers with commas"),
         (["--point", "1,2,3"], "the label is"),
         (["--box", "5,5,1,1"], "x0 < x1"),
+        (["--point", "nan,1"], "numbers with commas"),
     ],
 )
 def test_wrong_arguments_are_explained(run_dir, tmp_path, capsys, more, message):
     with pytest.raises(SystemExit):
         predict.main([str(run_dir), str(tmp_path / "x.png"), *more])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--point", "5000,5"], "--point 5000,5 lies outside the image"),
+        (["--box=-9,-9,-1,-1"], "does not touch the image"),
+        (["--everything", "--points-per-side", "0"], "at least 1 is needed"),
+        (["--point", "5,5", "--out", "nowhere/x"], "nowhere is no folder"),
+    ],
+)
+def test_prompts_that_make_no_sense_are_refused(run_dir, photo, tmp_path, capsys, more, message):
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    assert predict.main([str(run_dir), str(tmp_path / "photo.png"), *more]) == 2
     assert message in capsys.readouterr().err
 
 

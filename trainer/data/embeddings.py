@@ -2,7 +2,7 @@
 
     DIR/
         embeddings.npy    float16 (rows, C, h, w), memory-mapped; a row for each position of the packed data set
-        done.npy          uint8 (rows,), 1 where the row was computed
+        done.npy          uint8 (rows,): NOT_YET, COMPUTED, or UNREADABLE where the image is broken
         embeddings.json   what they were made of, written last
 
 `python -m trainer.embed` writes them. They hold for one encoder, one data set, one input size and no augmentation: the
@@ -11,14 +11,17 @@ last is checked in the config, the encoder when training starts or goes on, the 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from trainer.data.order import ShardRows
+
 STAMP_NAME = "embeddings.json"
+NOT_YET, COMPUTED, UNREADABLE = 0, 1, 2
 
 
 class EmbeddingStore:
@@ -48,6 +51,15 @@ class EmbeddingStore:
                     f"data.embeddings: {self.directory} was made with {name} {self.made_of[name]}, "
                     f"the run has {wanted}; remove it and run `python -m trainer.embed CONFIG` again"
                 )
+
+    def check_complete(self, shards: Sequence[ShardRows]) -> None:
+        """`ValueError` if training would ask for rows that were left out, say by another hold-out."""
+        missing = sum(int((self.done[shard.rows()] == NOT_YET).sum()) for shard in shards)
+        if missing:
+            raise ValueError(
+                f"data.embeddings: {self.directory} has none for {missing} training images, held out when it was made; "
+                "run `python -m trainer.embed CONFIG` with this run's settings: it adds them"
+            )
 
     def check_encoder(self, encoder: str) -> None:
         """`ValueError` if another encoder than that of this `encoder_hash` made them."""

@@ -17,7 +17,7 @@ from data_tools import rle
 from data_tools.sample_format import Record
 from trainer.config import SamConfig
 from trainer.data.batches import SamBatch, StageClock
-from trainer.data.embeddings import EmbeddingStore
+from trainer.data.embeddings import COMPUTED, EmbeddingStore
 from trainer.data.images import SampleError, decode_jpeg, needed_size, resize_window
 from trainer.data.order import MASK_ORDER, SAMPLE_DRAWS, DataOrder, keyed_rng
 from trainer.data.shards import ShardReader
@@ -120,8 +120,8 @@ class SamDataset(Dataset):
                     raw = self.reader.read(row)
                 keys[i] = raw.record.key
                 mask_order = keyed_rng(self.config.seed, MASK_ORDER, position).permutation(len(raw.record.annotations))
-                if self.embeddings is not None and not self.embeddings.done[row]:
-                    raise SampleError("has no embedding; run `python -m trainer.embed` again")
+                if self.embeddings is not None and self.embeddings.done[row] != COMPUTED:
+                    raise SampleError("has no embedding: its image could not be read")
                 jpeg = None if self.embeddings else raw.jpeg
                 self._fill(arrays, i, raw.record, jpeg, mask_order, draws, clock)
                 if self.embeddings is not None:
@@ -262,7 +262,8 @@ def choose_masks(
     size, max_masks = config.loss.resolution, config.data.max_masks
     transform = placement.transform(size, config.model.image_size)
     candidates = list(mask_order)
-    max_area = (config.data.max_mask_area or 1.0) * record.height * record.width
+    largest = config.data.max_mask_area
+    max_area = (1.0 if largest is None else largest) * record.height * record.width
     chosen: list[rle.Runs] = []
     targets = [np.empty((0, size, size), np.uint8)]
     while candidates and len(chosen) < max_masks:
