@@ -161,6 +161,16 @@ def slowed(owner: object, name: str, marker: Path, seconds: float) -> Callable[[
     return patch
 
 
+def all_of(*patches: Callable[[int], None]) -> Callable[[int], None]:
+    """A patch: these, one after the other."""
+
+    def patch(rank: int) -> None:
+        for one in patches:
+            one(rank)
+
+    return patch
+
+
 # ------------------------------------------------------------------------------------------------------- signals
 
 
@@ -393,6 +403,37 @@ def roll_back(lab: Lab, row: Row) -> None:
     row.count(problems + later, again)
 
 
+def roll_back_then_stop(lab: Lab, row: Row) -> None:
+    """Rolled back, stopped, started: the last start must not go on from a checkpoint that the rollback gave up."""
+    for keep_last in (3, 1) if lab.full else (1,):
+        more = ["phases=[{name: pretrain, steps: 12}]", f"checkpoint.keep_last={keep_last}", "checkpoint.every_steps=1"]
+        run = lab.new_run()
+        spoil = spoiled(0, range(2, 6, 3), float("nan"), times=1)
+
+        patches = (slowed(loop, "seed_step", run.with_suffix(".marker"), 0.2), spoil)
+        processes = lab.start(run, *more, "guard.max_skipped=1", patch=all_of(*patches))
+        processes.wait_for("going on from")
+        processes.kill(0, signal.SIGTERM)
+        problems, again = stopped_as_documented(lab, run, processes, *more)
+        went_back = re.search(r"going on from \S+step_0*2\n", processes.output())
+        row.count(problems + ([] if went_back else [f"keep_last {keep_last}: not to step 2"]), again)
+
+
+def not_finite_at_the_end(lab: Lab, row: Row) -> None:
+    """The last step is judged like any other: its keys are logged; past the budget it is done again."""
+    for more in ([], ["guard.max_skipped=0"]) if lab.full else (["guard.max_skipped=0"],):
+        run = lab.new_run()
+        processes = lab.start(run, *more, patch=spoiled(1, range(5, 6), float("nan"), times=1))
+        codes = processes.wait(SECONDS_TO_END)
+        problems = [] if codes == [0, 0] else [f"exit codes {codes}: {processes.output()[-1500:]}"]
+        logged = run / "unhealthy_rank1.jsonl"
+        entries = [json.loads(line) for line in logged.read_text().splitlines()] if logged.exists() else []
+        if [(entry["step"], entry["event"]) for entry in entries] != [(5, "skipped")]:
+            problems.append(f"{more}: logged {entries}")
+        later, again = lab.compare(run) if more else ([], 0)
+        row.count(problems + later, again)
+
+
 def gives_up(lab: Lab, row: Row) -> None:
     """Steps are skipped past the second budget too: it stops, with its own code."""
     run = lab.new_run()
@@ -503,7 +544,8 @@ FAULTS: dict[str, Callable[[Lab, Row], None]] = {
     function.__name__: function
     for function in (
         signal_training, signal_saving, signal_evaluating, signal_starting, kill_one, kill_all, damaged_files,
-        disk_full, not_finite, roll_back, gives_up, loss_spike, hang, slow, out_of_memory,
+        disk_full, not_finite, not_finite_at_the_end, roll_back, roll_back_then_stop, gives_up, loss_spike, hang, slow,
+        out_of_memory,
     )
 }  # fmt: skip
 

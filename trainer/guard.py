@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import GuardSettings
-from trainer.distributed import World
+from trainer.distributed import World, sum_on_host
 from trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Guard:
         self.stop_requested = False
         self.step = 0  # that the loop is at
         self.num_rollbacks = 0
-        self.healthy_until: int | None = None  # after a rollback was asked for: step before which none was skipped
+        self.healthy_until = 0  # once a rollback was asked for: step before which none was skipped
         self._previous: dict[int, Any] = {}
         self._watchdog: Watchdog | None = None
         self._pending: deque[Pending] = deque()
@@ -99,7 +99,6 @@ class Guard:
 
     def begin(self) -> None:
         """A new stretch of training: what was pending belongs to the one before."""
-        self.healthy_until = None
         self._pending.clear()
         self._skipped: deque[int] = deque()
         self._in_a_row = 0
@@ -144,6 +143,8 @@ class Guard:
         stop, loss, bad_losses, bad_norms = sums
         if len(self._pending) > self._lag:
             pending = self._pending.popleft()
+            while self._skipped and self._skipped[0] <= pending.step - SKIP_WINDOW:
+                self._skipped.popleft()
             if bad_losses or bad_norms:
                 self._count_skipped(pending, int(bad_losses))
                 if self._over_budget():
@@ -153,6 +154,22 @@ class Guard:
                 if spike := self._spikes.add(loss):
                     self._note(pending, "loss spike", f"loss {loss:.4g}, {spike}")
         return Outcome.STOPPED if stop else None
+
+    def settle(self) -> Outcome | None:
+        """Judge every step made so far, so that whatever is saved next has been judged. All ranks call.
+
+        Waits for the device, as a save does.
+        """
+        lag, self._lag = self._lag, 0
+        verdict = None
+        while self._pending and verdict is not Outcome.ROLL_BACK:
+            verdict = self.judge(sum_on_host(self.report(), self.world))
+        self._lag = lag
+        return verdict
+
+    def first_skipped(self) -> int | None:
+        """The step that a rollback would go back to, if one were asked for now; None if none was skipped of late."""
+        return self._skipped[0] if self._skipped else None
 
     def asked_in_evaluation(self) -> bool:
         """Whether this rank was asked to stop; an evaluation asks after each image, which is also progress."""
@@ -164,8 +181,6 @@ class Guard:
         if self.dynamic_scale and not bad_losses and self._in_a_row <= MAX_SCALE_SEARCH:
             return  # fp16 looks for the largest scale that works: no fault
         self._skipped.append(pending.step)
-        while self._skipped[0] <= pending.step - SKIP_WINDOW:
-            self._skipped.popleft()
         what = f"loss not finite on {bad_losses} ranks" if bad_losses else "gradient not finite"
         self._note(pending, "skipped", f"{what}; {len(self._skipped)} of the last {SKIP_WINDOW} steps skipped")
 

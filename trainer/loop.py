@@ -94,9 +94,15 @@ def train(
             write_log(done, step, plan, engine, meter, checkpointer, logger, world)
             guard.name_slow_ranks()
             meter = Meter()
+        evaluation_due = done % plan.evaluate_every == 0 or done == plan.last_step
+        if stop or evaluation_due or done % plan.save_every == 0:  # what may be saved is judged first
+            guard.at("settle", step)
+            if guard.settle() is Outcome.ROLL_BACK:
+                return Outcome.ROLL_BACK
+            checkpointer.hold = guard.first_skipped()
         guard.at("save", step)
         saved = save_if_due(done, stop, plan, engine, checkpointer)
-        if not stop and (done % plan.evaluate_every == 0 or done == plan.last_step):
+        if evaluation_due and not stop:
             # After the save: whatever happens in an evaluation, no step is lost. A signal cuts it short; the next step
             # is then the last.
             guard.at("evaluate", step)

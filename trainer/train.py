@@ -137,8 +137,12 @@ def run(config: Config, world: World, guard: Guard) -> bool:
     outcome = Outcome.DONE
     try:
         while outcome is not Outcome.STOPPED:
-            # After a rollback, from before the trouble: a checkpoint of skipped steps would keep them skipped.
-            newest = checkpointer.newest(at_most=guard.healthy_until) or checkpointer.newest()
+            if outcome is Outcome.ROLL_BACK:
+                # From before the trouble, be it the start: a checkpoint of skipped steps would keep them skipped.
+                guard.at("go back", guard.step)
+                newest = checkpointer.go_back(guard.healthy_until)
+            else:
+                newest = checkpointer.newest()
             state = read_run_state(newest) if newest else RunState(step=0, samples_seen=0, phase=0)
             phase = next((number for number, end in enumerate(ends) if state.step < end), None)
             if phase is None:
