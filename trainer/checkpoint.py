@@ -149,12 +149,28 @@ class Checkpointer:
             self._damaged.add(path)
         return None
 
-    def go_back(self, at_most: int) -> Path | None:
-        """The newest checkpoint of at most step `at_most`, every byte of it read; None if there is none.
+    def to_go_on_from(self, at_most: int | None = None) -> Path | None:
+        """As `newest(read=True)`; None only where there is no checkpoint at all.
 
-        What is newer is set aside with its scores, and so a later start cannot take it for the newest of the run.
+        Raises ValueError on all ranks if there are some and none will do: a run that began anew would replace them.
         """
         path = self.newest(read=True, at_most=at_most)
+        found = step_directories(self.directory) if self.world.is_main else []
+        names = [there.name for there in found if at_most is None or step_of(there) <= at_most]
+        names = broadcast_object(names, self.world)
+        if path is None and names:
+            raise ValueError(
+                f"none of the checkpoints in {self.directory} can be used ({', '.join(names)}); why is said above. Put a "
+                "copy of one back, or move the directory away to begin anew"
+            )
+        return path
+
+    def go_back(self, at_most: int) -> Path | None:
+        """For a rollback: as `to_go_on_from`, and what is newer is set aside with its scores.
+
+        So a later start cannot take it for the newest of the run.
+        """
+        path = self.to_go_on_from(at_most)
         step = step_of(path) if path else -1
         if self.world.is_main:
             try:

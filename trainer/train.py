@@ -125,7 +125,7 @@ def run(config: Config, world: World, guard: Guard) -> bool:
     checkpoint = config.checkpoint
     keep_every_steps = checkpoint.keep_every and checkpoint.keep_every * save_interval(config, pipeline)
     checkpointer = Checkpointer(config.run_dir / "checkpoints", checkpoint.keep_last, world, keep_every_steps)
-    newest = checkpointer.newest(read=True)
+    newest = checkpointer.to_go_on_from()
     if newest:
         # Before anything is written: a mistaken start must not touch the run.
         check_recipe(read_run_state(newest).recipe, recipe(config, pipeline), config.resume.allow_change, newest)

@@ -175,6 +175,20 @@ def test_a_finished_run_is_not_touched_by_a_start_with_another_network(scenes, s
     assert (run_dir / "config.yaml").read_text() == before
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(scenes, mae_run, tmp_path, capsys):
+    """It would replace them, whatever its settings: what is left of them may be worth having."""
+    run_dir = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(mae_run), str(run_dir)], check=True)
+    (file,) = run_dir.glob("checkpoints/step_*/__0_0.distcp")
+    os.truncate(file, file.stat().st_size - 1)
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert train.main(mae_arguments(scenes, run_dir, "optim.lr=5e-3")) == 2
+    said = capsys.readouterr().err
+    assert f"none of the checkpoints in {run_dir}/checkpoints can be used (step_00000006)" in said
+    assert "move the directory away to begin anew" in said
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
 def test_another_seed_or_batch_is_not_the_same_run(scenes, sam_run, tmp_path, capsys):
     subprocess.run(["cp", "-r", str(sam_run), str(tmp_path / "run")], check=True)
     arguments = sam_arguments(scenes, tmp_path / "run", "seed=1", "phases=[{name: joint, steps: 9}]")
