@@ -160,8 +160,8 @@ class Checkpointer:
         names = broadcast_object(names, self.world)
         if path is None and names:
             raise ValueError(
-                f"none of the checkpoints in {self.directory} can be used ({', '.join(names)}); why is said above. Put a "
-                "copy of one back, or move the directory away to begin anew"
+                f"none of the checkpoints in {self.directory} can be used ({', '.join(names)}); why is said above. Put "
+                "a copy of one back, or move the directory away to begin anew"
             )
         return path
 

@@ -36,7 +36,10 @@ EXIT_OUT_OF_MEMORY = 71  # EX_OSERR
 EXIT_NOT_SAVED = 74  # EX_IOERR: the last checkpoint could not be written
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved, start the same command again to go on
 SKIP_WINDOW = 1000  # steps over which guard.max_skipped counts
-MAX_SCALE_SEARCH = 24  # skipped steps in a row that fp16's search for a scale explains: 2^24 is over any start
+MAX_SCALE_SEARCH = 24  # skipped steps in a row that fp16's first search for a scale explains: 2^24 is over any start
+# fp16 reaches from 6e-8 to 65504 and gradients are smaller than 1, so a useful scale is large. One below this was
+# brought there by gradients that no scale makes finite.
+MIN_LOSS_SCALE = 2.0**-10
 
 
 class Outcome(Enum):
@@ -48,7 +51,7 @@ class Outcome(Enum):
 
 
 class GaveUp(RuntimeError):
-    """The run was rolled back as often as allowed and is still not healthy."""
+    """The run was rolled back as often as allowed and is still not healthy, or no rollback would help."""
 
 
 @dataclass
@@ -84,10 +87,10 @@ class Guard:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def attach(self, settings: GuardSettings, world: World, run_dir: Path, dynamic_scale: bool) -> None:
-        """Start to watch a run. `dynamic_scale`: fp16, whose search for a loss scale skips steps."""
+    def attach(self, settings: GuardSettings, world: World, run_dir: Path, growth_steps: int | None) -> None:
+        """Start to watch a run. `growth_steps`: good steps after which the loss scale doubles; None without one."""
         self.settings, self.world, self.run_dir = settings, world, run_dir
-        self.dynamic_scale = dynamic_scale
+        self.growth_steps = growth_steps
         self._watchdog = Watchdog(run_dir / "heartbeat", world, settings.hang_minutes)
         self._watchdog.start()
 
@@ -101,7 +104,9 @@ class Guard:
         """A new stretch of training: what was pending belongs to the one before."""
         self._pending.clear()
         self._skipped: deque[int] = deque()
-        self._in_a_row = 0
+        self._num_searching = 0 if self.growth_steps else None  # skipped steps of fp16's first search; None: it is over
+        self._num_good = 0  # steps in a row, as fp16 counts them
+        self._scale_grew = False  # and no step was skipped since
         self._spikes = SpikeDetector(self.settings.spike_deviations)
         # On a GPU a step's results are read one step later, when they are there: reading never waits.
         self._lag = 1 if self.world.device.type == "cuda" else 0
@@ -150,7 +155,7 @@ class Guard:
                 if self._over_budget():
                     return self._roll_back(pending.step)
             else:
-                self._in_a_row = 0
+                self._count_good()
                 if spike := self._spikes.add(loss):
                     self._note(pending, "loss spike", f"loss {loss:.4g}, {spike}")
         return Outcome.STOPPED if stop else None
@@ -176,10 +181,35 @@ class Guard:
         self.at("evaluate", self.step)
         return self.stop_requested
 
+    def check_loss_scale(self, step: int, scale: float) -> None:
+        """Raise `GaveUp`, on all ranks, where so many steps were skipped, however slowly, that no scale is left."""
+        if scale < MIN_LOSS_SCALE:
+            raise GaveUp(
+                f"step {step}: the loss scale has fallen to {scale:.1e}: gradients are not finite whatever it is. Look "
+                f"at the samples in {self.run_dir}/unhealthy_rank*.jsonl, or try engine.precision=bf16"
+            )
+
+    def _count_good(self) -> None:
+        self._num_searching = None
+        self._num_good += 1
+        if self._num_good == self.growth_steps:
+            self._num_good, self._scale_grew = 0, True
+
+    def _explained_by_the_scale(self) -> bool:
+        """Whether fp16 skips this step to find the largest scale that works: at first, and once after each growth.
+
+        A gradient that is not finite whatever the scale would else hide behind that for ever: good steps lie between.
+        """
+        self._num_good = 0
+        if self._num_searching is not None:
+            self._num_searching += 1
+            return self._num_searching <= MAX_SCALE_SEARCH
+        grew, self._scale_grew = self._scale_grew, False
+        return grew
+
     def _count_skipped(self, pending: Pending, bad_losses: int) -> None:
-        self._in_a_row += 1
-        if self.dynamic_scale and not bad_losses and self._in_a_row <= MAX_SCALE_SEARCH:
-            return  # fp16 looks for the largest scale that works: no fault
+        if self._explained_by_the_scale() and not bad_losses:
+            return  # no fault
         self._skipped.append(pending.step)
         what = f"loss not finite on {bad_losses} ranks" if bad_losses else "gradient not finite"
         self._note(pending, "skipped", f"{what}; {len(self._skipped)} of the last {SKIP_WINDOW} steps skipped")

@@ -92,6 +92,7 @@ def train(
         if done % plan.log_every == 0 or done == plan.last_step or stop:
             guard.at("log", step)
             write_log(done, step, plan, engine, meter, checkpointer, logger, world)
+            guard.check_loss_scale(done, engine.loss_scale)
             guard.name_slow_ranks()
             meter = Meter()
         evaluation_due = done % plan.evaluate_every == 0 or done == plan.last_step

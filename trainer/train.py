@@ -131,9 +131,8 @@ def run(config: Config, world: World, guard: Guard) -> bool:
         check_recipe(read_run_state(newest).recipe, recipe(config, pipeline), config.resume.allow_change, newest)
     logger = Logger(config.run_dir, world)
     announce(config, pipeline, ends, world, logger)
-    guard.attach(
-        config.guard, world, config.run_dir, dynamic_scale=config.engine.precision in ("fp16", "deepspeed_fp16")
-    )
+    fp16 = config.engine.precision in ("fp16", "deepspeed_fp16")
+    guard.attach(config.guard, world, config.run_dir, config.engine.loss_scale_growth_steps if fp16 else None)
     outcome = Outcome.DONE
     try:
         while outcome is not Outcome.STOPPED:
