@@ -338,6 +338,67 @@ def disk_full(lab: Lab, row: Row) -> None:
         subprocess.run(["umount", str(checkpoints)], check=False)
 
 
+def fill(folder: Path) -> Path:
+    """Write until there is no room; the file to delete for more."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"\0" * 65536)
+        except OSError:
+            return filler
+
+
+def run_dir_full(lab: Lab, row: Row) -> None:
+    """The whole run directory is on a full disk: nothing is written, training goes on; the last save says 74."""
+    for for_a_while in (True, False) if lab.full else (True,):
+        run = lab.new_run()
+        run.mkdir()
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", str(run)], capture_output=True
+        ).returncode:
+            row.notes.append("not tried: mounting a tmpfs needs root")
+            return
+        try:
+            patches = (
+                slowed(loop, "seed_step", run.with_suffix(".marker"), 0.3),
+                spoiled(1, range(7, 8), float("nan"), times=1),
+            )
+            more = ["phases=[{name: pretrain, steps: 16}]", "checkpoint.keep_last=1"]
+            processes = lab.start(run, *more, patch=all_of(*patches))
+            processes.wait_for("step 3/")
+            filler = fill(run)
+            processes.wait_for("step 11/")
+            if for_a_while:
+                filler.unlink()
+            codes = processes.wait(SECONDS_TO_END)
+            wanted = 0 if for_a_while else 74
+            problems = [] if codes == [wanted, wanted] else [f"exit codes {codes}: {processes.output()[-1500:]}"]
+            problems += [] if "cannot be written" in processes.output() else ["nothing was said of it"]
+            if for_a_while and max(losses(run)) != 16:
+                problems.append(f"numbers of steps {sorted(losses(run))} alone")
+            row.count(problems)
+        finally:
+            subprocess.run(["umount", "--lazy", str(run)], check=False)
+
+
+def run_dir_gone(lab: Lab, row: Row) -> None:
+    """The run directory is deleted under a run, and then a step is skipped, which is logged there."""
+    run = lab.new_run()
+    patches = (
+        slowed(loop, "seed_step", run.with_suffix(".marker"), 0.2),
+        spoiled(1, range(9, 10), float("nan"), times=1),
+    )
+    processes = lab.start(run, "phases=[{name: pretrain, steps: 14}]", patch=all_of(*patches))
+    processes.wait_for("step 4/")
+    subprocess.run(["rm", "-rf", str(run)], check=False)
+    codes = processes.wait(SECONDS_TO_END)
+    problems = [] if codes == [0, 0] else [f"exit codes {codes}: {processes.output()[-1500:]}"]
+    problems += [] if (run / "unhealthy_rank1.jsonl").exists() else ["the skipped step is nowhere"]
+    problems += [] if (run / "checkpoints" / "step_00000014").exists() else ["the last checkpoint is nowhere"]
+    row.count(problems)
+
+
 # ------------------------------------------------------------------------------------------------- unhealthy steps
 
 
@@ -577,8 +638,8 @@ FAULTS: dict[str, Callable[[Lab, Row], None]] = {
     function.__name__: function
     for function in (
         signal_training, signal_saving, signal_evaluating, signal_starting, kill_one, kill_all, damaged_files,
-        disk_full, not_finite, not_finite_in_fp16, not_finite_at_the_end, roll_back, roll_back_then_stop, gives_up,
-        loss_spike, hang, slow, out_of_memory,
+        disk_full, run_dir_full, run_dir_gone, not_finite, not_finite_in_fp16, not_finite_at_the_end, roll_back,
+        roll_back_then_stop, gives_up, loss_spike, hang, slow, out_of_memory,
     )
 }  # fmt: skip
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from trainer.config import GuardSettings
 from trainer.distributed import World, sum_on_host
+from trainer.run_files import LineFile
 from trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class Guard:
         """Start to watch a run. `growth_steps`: good steps after which the loss scale doubles; None without one."""
         self.settings, self.world, self.run_dir = settings, world, run_dir
         self.growth_steps = growth_steps
+        self._unhealthy = LineFile(run_dir / f"unhealthy_rank{world.rank}.jsonl")
         self._watchdog = Watchdog(run_dir / "heartbeat", world, settings.hang_minutes)
         self._watchdog.start()
 
@@ -236,8 +238,7 @@ class Guard:
             "step %d: %s: %s; rank %d had %s", pending.step, event, what, self.world.rank, " ".join(pending.keys)
         )
         entry = {"step": pending.step, "event": event, "what": what, "keys": pending.keys}
-        with (self.run_dir / f"unhealthy_rank{self.world.rank}.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        self._unhealthy.write(json.dumps(entry) + "\n")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_requested = True

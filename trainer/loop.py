@@ -4,7 +4,6 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO
 
 import torch
 
@@ -14,6 +13,7 @@ from trainer.distributed import World, sum_on_host
 from trainer.guard import Guard, Outcome
 from trainer.metrics import Logger, Meter, console_line, throughput
 from trainer.parallel.engine import Engine
+from trainer.run_files import LineFile
 from trainer.tracing import Tracer
 
 
@@ -49,7 +49,7 @@ def train(
     evaluate: Callable[[Engine, int], float | None],
     diagnose: Callable[[Engine, int], None],
     tracer: Tracer,
-    sample_log: IO[str] | None,
+    sample_log: LineFile | None,
 ) -> Outcome:
     """Train from `plan.first_step` to `plan.last_step`, or until a signal or the guard ends it before."""
     meter = Meter()
@@ -216,14 +216,16 @@ def seed_step(seed: int, step: int, world: World) -> None:
     torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + world.rank) % 2**63)
 
 
-def note_samples(batch: Batch, step: int, meter: Meter, sample_log: IO[str] | None) -> None:
+def note_samples(batch: Batch, step: int, meter: Meter, sample_log: LineFile | None) -> None:
     """Count and name broken samples; write down what was trained on, if asked."""
     meter.add_batch(batch)
     for problem in batch.problems:
         print(f"step {step}: sample trains nothing: {problem}", flush=True)
     if sample_log is not None:
         positions, weights = batch.positions.tolist(), batch.image_weight.tolist()
-        for position, key, weight in zip(positions, batch.keys, weights, strict=True):
-            if position >= 0:
-                sample_log.write(json.dumps({"step": step, "position": position, "key": key, "weight": weight}) + "\n")
-        sample_log.flush()
+        entries = [
+            {"step": step, "position": position, "key": key, "weight": weight}
+            for position, key, weight in zip(positions, batch.keys, weights, strict=True)
+            if position >= 0
+        ]
+        sample_log.write("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -57,6 +57,7 @@ from trainer.parallel.averaged import AveragedEngine
 from trainer.parallel.engine import Engine, build_engine
 from trainer.parallel.precision import make_deterministic
 from trainer.reconstruct import log_reconstruction
+from trainer.run_files import Forgiving, LineFile
 from trainer.sam_task import SamTask
 from trainer.stages import Pipeline, build_pipeline, build_task, encoder_depth
 from trainer.tracing import Tracer
@@ -197,7 +198,7 @@ def run_phase(
     batches = build_batches(pipeline.dataset, config, world, state.step, ends[phase], shift)
     sample_log = None
     if config.log.sample_keys:
-        sample_log = (config.run_dir / f"samples_rank{world.rank}.jsonl").open("a")
+        sample_log = LineFile(config.run_dir / f"samples_rank{world.rank}.jsonl")
     try:
         evaluate = build_evaluation(config, pipeline, world, logger, guard)
         tracer = Tracer(config.profile.steps, config.run_dir, world)
@@ -207,8 +208,6 @@ def run_phase(
         checkpointer.wait()
         batches.close()
         engine.close()
-        if sample_log:
-            sample_log.close()
 
 
 def check_embeddings(store: EmbeddingStore, engine: Engine, world: World) -> None:
@@ -374,8 +373,9 @@ def explain_out_of_memory(config: Config, world: World, error: Exception) -> str
     where = ""
     if world.device.type == "cuda":
         path = config.run_dir / f"out_of_memory_rank{world.rank}.txt"
-        path.write_text(f"{error}\n\n{torch.cuda.memory_summary()}")
-        torch.cuda.memory._dump_snapshot(str(path.with_suffix(".pickle")))
+        with Forgiving(str(path)):
+            path.write_text(f"{error}\n\n{torch.cuda.memory_summary()}")
+            torch.cuda.memory._dump_snapshot(str(path.with_suffix(".pickle")))
         where = f" Where it was: {path}, and the .pickle beside it for pytorch.org/memory_viz."
     return f"out of memory. Lower or set, the cheapest first: {'; '.join(advice)}.{where} {error}"
 
@@ -384,8 +384,7 @@ def announce(config: Config, pipeline: Pipeline, ends: list[int], world: World, 
     """Say before step 0 what will happen, and write the resolved config into the run directory."""
     if not world.is_main:
         return
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.yaml").write_text(dump_config(config))
+    logger.file("config.yaml", dump_config(config).rstrip())
     logger.text("config", dump_config(config))
     logger.text("environment", environment(world))
     samples, batch = pipeline.order.num_samples, config.batch
