@@ -12,7 +12,8 @@ import logging
 import math
 import signal
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -41,6 +42,17 @@ MAX_SCALE_SEARCH = 24  # skipped steps in a row that fp16's first search for a s
 # fp16 reaches from 6e-8 to 65504 and gradients are smaller than 1, so a useful scale is large. One below this was
 # brought there by gradients that no scale makes finite.
 MIN_LOSS_SCALE = 2.0**-10
+
+
+@contextmanager
+def signals_end_the_process() -> Iterator[None]:
+    """Around waiting for other processes with nothing to save: a handler in Python would run after the waiting."""
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Outcome(Enum):

@@ -39,6 +39,7 @@ from trainer.guard import (
     GaveUp,
     Guard,
     Outcome,
+    signals_end_the_process,
 )
 from trainer.loop import BadSamples, Plan, train
 from trainer.metrics import Logger
@@ -79,8 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_WRONG
     if config.engine.deterministic:
         make_deterministic()
-    with Guard() as guard:
+    with signals_end_the_process():
         world = start_world(config.engine.timeout_minutes)
+    with Guard() as guard:
         try:
             return run_guarded(config, world, guard)
         finally:

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from model.build import build_mae, build_sam
+from tests.launch_ranks import free_port
 from tests.trainer.tiny import losses, mae_arguments, sam_arguments, samples
 from trainer import loop, train
 from trainer.checkpoint import Checkpointer, load_weights
@@ -134,6 +137,34 @@ def test_a_signal_to_the_whole_group_saves_and_leaves(scenes, tmp_path, number):
     done = train.read_run_state(newest(tmp_path)).step
     assert done >= 3
     assert len(samples(tmp_path)) == 3 * done
+
+
+@pytest.mark.dist
+def test_a_signal_ends_a_rank_that_waits_for_the_others(scenes, tmp_path):
+    """They may never come. A handler in Python would not run before they do."""
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "trainer.train", *sam_arguments(scenes, tmp_path / "run")]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with subprocess.Popen(command, env=environment() | place) as process:
+            try:
+                wait_for_port(int(place["MASTER_PORT"]))
+                process.send_signal(number)
+                assert process.wait(timeout=20) == -number
+            finally:
+                process.kill()
+    assert not (tmp_path / "run").exists()
+
+
+def wait_for_port(port: int) -> None:
+    """Until somebody listens there: rank 0 does once it waits for the others."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"nobody listens on port {port}")
 
 
 def test_all_config_problems_come_at_once_and_nothing_starts(scenes, tmp_path, capsys):
