@@ -300,7 +300,7 @@ class Checkpointer:
 
     def _prune(self, newest: int) -> None:
         steps = {step_of(path): path for path in step_directories(self.directory)}
-        good = [step for step, path in steps.items() if not self._quick_problems(path)]
+        good = self._good_steps()
         scores = read_scores(self.directory)
         for step in to_delete(list(steps), good, newest, self.keep_last, self.keep_every_steps, scores, self.hold):
             shutil.rmtree(steps[step])
@@ -328,12 +328,13 @@ class Checkpointer:
         self._point_at_best()
 
     def _point_at_best(self) -> None:
-        good = [step_of(path) for path in step_directories(self.directory) if not self._quick_problems(path)]
-        if best := best_of(good, read_scores(self.directory)):
+        if best := best_of(self._good_steps(), read_scores(self.directory)):
             replace_synced(self.directory / "BEST", self._final(best).name + "\n")
 
     def _recover(self) -> None:
-        """A kill between the two renames of a replacement leaves the older one aside; put it back."""
+        """A kill between the two renames of a replacement leaves the older one aside: put it back. What a killed save had
+        written is deleted.
+        """
         if self.world.is_main:
             for replaced in self.directory.glob("step_*.old"):
                 final = replaced.with_suffix("")
@@ -341,7 +342,14 @@ class Checkpointer:
                     shutil.rmtree(replaced, ignore_errors=True)
                 else:
                     replaced.rename(final)
+            for partial in self.directory.glob("step_*.tmp"):
+                shutil.rmtree(partial, ignore_errors=True)
         barrier(self.world)
+
+    def _good_steps(self) -> list[int]:
+        """On rank 0: steps whose checkpoints are complete, finite and, as far as they were read, undamaged."""
+        paths = [path for path in step_directories(self.directory) if path not in self._damaged]
+        return [step_of(path) for path in paths if not self._quick_problems(path)]
 
     def _quick_problems(self, path: Path) -> list[str]:
         problems = check_files(path, read=False)

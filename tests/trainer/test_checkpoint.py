@@ -230,6 +230,35 @@ def test_a_kill_between_the_renames_of_a_replacement(engine: Engine, checkpointe
     assert checkpointer.newest(read=True) == path
 
 
+def test_what_a_killed_save_left_is_cleared_away(engine: Engine, checkpointer: Checkpointer) -> None:
+    """The next save may be of another step, and a save of a large network is large."""
+    path = checkpointer.save(engine, state_at(2))
+    partial = path.with_name("step_00000003.tmp")
+    partial.mkdir()
+    (partial / "__0_0.distcp").write_text("half of it")
+    assert checkpointer.newest() == path
+    assert partial.exists()  # a reader leaves things alone: the save may be under way
+    assert checkpointer.newest(read=True) == path
+    assert names(checkpointer) == ["LATEST", "step_00000002"]
+
+
+def test_what_was_found_damaged_does_not_count_as_kept(engine: Engine, tmp_path: Path) -> None:
+    """A flipped bit shows only when all is read, at the start: pruning must remember it."""
+    before = Checkpointer(tmp_path, keep_last=2, world=WORLD)
+    good, bad = (before.save(engine, state_at(step)) for step in (4, 6))
+    content = bytearray(data_file(bad).read_bytes())
+    content[len(content) // 2] ^= 1
+    data_file(bad).write_bytes(content)
+    checkpointer = Checkpointer(tmp_path, keep_last=1, world=WORLD)
+    assert checkpointer.newest(read=True) == good
+    checkpointer.note_score(6, 0.9)
+    with torch.no_grad():
+        engine.task.decoder.head.bias[1] = torch.nan
+    checkpointer.save(engine, state_at(5))
+    assert Checkpointer(tmp_path, 1, WORLD).newest(read=True) == good
+    assert not (tmp_path / "BEST").exists()
+
+
 def test_the_best_is_kept(engine: Engine, tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, keep_last=1, world=WORLD, keep_every_steps=5)
     for step, score in ((2, 0.1), (3, 0.7), (4, 0.3), (5, 0.2), (6, 0.4), (7, None)):
