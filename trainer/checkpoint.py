@@ -332,8 +332,8 @@ class Checkpointer:
             replace_synced(self.directory / "BEST", self._final(best).name + "\n")
 
     def _recover(self) -> None:
-        """A kill between the two renames of a replacement leaves the older one aside: put it back. What a killed save had
-        written is deleted.
+        """What a kill left: the older one set aside between the two renames of a replacement, which is put back, and
+        what a save had written, which is deleted.
         """
         if self.world.is_main:
             for replaced in self.directory.glob("step_*.old"):

@@ -195,6 +195,10 @@ class Guard:
         self.at("evaluate", self.step)
         return self.stop_requested
 
+    def anyone_asked_to_stop(self) -> bool:
+        """Whether a signal has come to any rank. All ranks call."""
+        return sum_on_host([float(self.stop_requested)], self.world)[0] > 0
+
     def check_loss_scale(self, step: int, scale: float) -> None:
         """Raise `GaveUp`, on all ranks, where so many steps were skipped, however slowly, that no scale is left."""
         if scale < MIN_LOSS_SCALE:

@@ -51,10 +51,17 @@ def train(
     tracer: Tracer,
     sample_log: LineFile | None,
 ) -> Outcome:
-    """Train from `plan.first_step` to `plan.last_step`, or until a signal or the guard ends it before."""
+    """Train from `plan.first_step` to `plan.last_step`, or until a signal or the guard ends it before.
+
+    No steps are asked for where a signal came so late that the evaluation at the end of the run is all that is missing.
+    """
     meter = Meter()
-    engine.task.train()
     guard.begin()
+    if plan.first_step == plan.last_step:
+        guard.at("evaluate", plan.last_step)
+        keep_if_best(evaluate(engine, plan.last_step), True, plan.last_step, plan, engine, checkpointer)
+        return Outcome.STOPPED if guard.anyone_asked_to_stop() else Outcome.DONE
+    engine.task.train()
     for step in range(plan.first_step, plan.last_step):
         seed_step(plan.seed, step, world)
         engine.set_lr(plan.lr_at(step))
@@ -105,7 +112,7 @@ def train(
         saved = save_if_due(done, stop, plan, engine, checkpointer)
         if evaluation_due and not stop:
             # After the save: whatever happens in an evaluation, no step is lost. A signal cuts it short; the next step
-            # is then the last.
+            # is then the last. At the end of the run, where there is none, the next start evaluates.
             guard.at("evaluate", step)
             with meter.paused():
                 keep_if_best(evaluate(engine, done), saved, done, plan, engine, checkpointer)
@@ -115,7 +122,7 @@ def train(
             with meter.paused():
                 diagnose(engine, done)
             engine.task.train()
-        if stop and done < plan.num_steps:
+        if stop or (done == plan.num_steps and guard.anyone_asked_to_stop()):
             checkpointer.wait()
             logger.say(f"stopped at step {done} of {plan.num_steps}; the same command goes on from here")
             return Outcome.STOPPED

@@ -65,6 +65,8 @@ from trainer.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
+FINISHED = "finished.txt"  # in the run directory: the step at which all was done, the last evaluation included
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,15 +149,26 @@ def run(config: Config, world: World, guard: Guard) -> bool:
                 newest = checkpointer.newest()
             state = read_run_state(newest) if newest else RunState(step=0, samples_seen=0, phase=0)
             phase = next((number for number, end in enumerate(ends) if state.step < end), None)
-            if phase is None:
+            if phase is None and (state.step > ends[-1] or is_finished(config.run_dir, state.step, world)):
                 return True
+            if phase is None:
+                phase = len(ends) - 1  # of which a signal has left the last evaluation undone
             outcome = run_phase(config, phase, ends, pipeline, newest, state, checkpointer, world, logger, guard)
             if outcome is Outcome.DONE:
                 logger.say(f"phase {config.phases[phase].name} is complete at step {ends[phase]}")
+                if phase == len(ends) - 1:
+                    logger.file(FINISHED, f"step {ends[phase]}")
+                    return True
     finally:
         guard.detach()
         logger.close()
     return False
+
+
+def is_finished(run_dir: Path, step: int, world: World) -> bool:
+    """Whether the run has trained to `step` and evaluated there. All ranks call."""
+    path = run_dir / FINISHED
+    return broadcast_object(world.is_main and path.exists() and path.read_text().split() == ["step", str(step)], world)
 
 
 def run_phase(

@@ -17,6 +17,7 @@ from tests.launch_ranks import free_port
 from tests.trainer.tiny import losses, mae_arguments, sam_arguments, samples
 from trainer import loop, train
 from trainer.checkpoint import Checkpointer, load_weights
+from trainer.checkpoint_files import read_scores
 from trainer.distributed import single_process
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -73,6 +74,34 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(scenes, sam_run, tmp_path, 
     assert losses(tmp_path) == losses(sam_run)
     ours, theirs = load_weights(newest(tmp_path)), load_weights(newest(sam_run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("when", ["in the last step", "in its evaluation"])
+def test_a_stop_at_the_end_does_not_lose_the_last_evaluation(scenes, tmp_path, monkeypatch, when):
+    arguments = sam_arguments(scenes, tmp_path, "checkpoint.keep_best=true")
+    agree, evaluate, calls = loop.agree, train.evaluate_and_log, []
+
+    def stop_in_step(micro_batches, guard, world):
+        calls.append(1)
+        guard.stop_requested = when == "in the last step" and len(calls) == 6
+        return agree(micro_batches, guard, world)
+
+    def stop_in_evaluation(*arguments):
+        *_, step, stop = arguments
+        stop.__self__.stop_requested = when == "in its evaluation" and step == 6
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "agree", stop_in_step)
+    monkeypatch.setattr(train, "evaluate_and_log", stop_in_evaluation)
+    assert train.main(arguments) == 75
+    assert newest(tmp_path).name == "step_00000006"
+    monkeypatch.undo()
+    assert train.main(arguments) == 0
+    assert read_scores(tmp_path / "checkpoints").keys() == {2, 6}
+    written = (tmp_path / "metrics.jsonl").read_text()
+    assert train.main(arguments) == 0
+    assert (tmp_path / "metrics.jsonl").read_text() == written  # it is there: nothing is left to do
+    assert len(samples(tmp_path)) == 6 * 3
 
 
 def test_the_frozen_encoder_stays_until_joint_training(scenes, sam_run, tmp_path):
