@@ -161,6 +161,16 @@ def slowed(owner: object, name: str, marker: Path, seconds: float) -> Callable[[
     return patch
 
 
+def all_of(*patches: Callable[[int], None]) -> Callable[[int], None]:
+    """A patch: these, one after the other."""
+
+    def patch(rank: int) -> None:
+        for one in patches:
+            one(rank)
+
+    return patch
+
+
 # ------------------------------------------------------------------------------------------------------- signals
 
 
@@ -328,6 +338,67 @@ def disk_full(lab: Lab, row: Row) -> None:
         subprocess.run(["umount", str(checkpoints)], check=False)
 
 
+def fill(folder: Path) -> Path:
+    """Write until there is no room; the file to delete for more."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"\0" * 65536)
+        except OSError:
+            return filler
+
+
+def run_dir_full(lab: Lab, row: Row) -> None:
+    """The whole run directory is on a full disk: nothing is written, training goes on; the last save says 74."""
+    for for_a_while in (True, False) if lab.full else (True,):
+        run = lab.new_run()
+        run.mkdir()
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", str(run)], capture_output=True
+        ).returncode:
+            row.notes.append("not tried: mounting a tmpfs needs root")
+            return
+        try:
+            patches = (
+                slowed(loop, "seed_step", run.with_suffix(".marker"), 0.3),
+                spoiled(1, range(7, 8), float("nan"), times=1),
+            )
+            more = ["phases=[{name: pretrain, steps: 16}]", "checkpoint.keep_last=1"]
+            processes = lab.start(run, *more, patch=all_of(*patches))
+            processes.wait_for("step 3/")
+            filler = fill(run)
+            processes.wait_for("step 11/")
+            if for_a_while:
+                filler.unlink()
+            codes = processes.wait(SECONDS_TO_END)
+            wanted = 0 if for_a_while else 74
+            problems = [] if codes == [wanted, wanted] else [f"exit codes {codes}: {processes.output()[-1500:]}"]
+            problems += [] if "cannot be written" in processes.output() else ["nothing was said of it"]
+            if for_a_while and max(losses(run)) != 16:
+                problems.append(f"numbers of steps {sorted(losses(run))} alone")
+            row.count(problems)
+        finally:
+            subprocess.run(["umount", "--lazy", str(run)], check=False)
+
+
+def run_dir_gone(lab: Lab, row: Row) -> None:
+    """The run directory is deleted under a run, and then a step is skipped, which is logged there."""
+    run = lab.new_run()
+    patches = (
+        slowed(loop, "seed_step", run.with_suffix(".marker"), 0.2),
+        spoiled(1, range(9, 10), float("nan"), times=1),
+    )
+    processes = lab.start(run, "phases=[{name: pretrain, steps: 14}]", patch=all_of(*patches))
+    processes.wait_for("step 4/")
+    subprocess.run(["rm", "-rf", str(run)], check=False)
+    codes = processes.wait(SECONDS_TO_END)
+    problems = [] if codes == [0, 0] else [f"exit codes {codes}: {processes.output()[-1500:]}"]
+    problems += [] if (run / "unhealthy_rank1.jsonl").exists() else ["the skipped step is nowhere"]
+    problems += [] if (run / "checkpoints" / "step_00000014").exists() else ["the last checkpoint is nowhere"]
+    row.count(problems)
+
+
 # ------------------------------------------------------------------------------------------------- unhealthy steps
 
 
@@ -391,6 +462,70 @@ def roll_back(lab: Lab, row: Row) -> None:
     # The undisturbed run, with the two steps taken: the loss must be its own only if the rollback undid the skipping.
     later, again = lab.compare(run)
     row.count(problems + later, again)
+
+
+def roll_back_then_stop(lab: Lab, row: Row) -> None:
+    """Rolled back, stopped, started: the last start must not go on from a checkpoint that the rollback gave up."""
+    for keep_last in (3, 1) if lab.full else (1,):
+        more = ["phases=[{name: pretrain, steps: 12}]", f"checkpoint.keep_last={keep_last}", "checkpoint.every_steps=1"]
+        run = lab.new_run()
+        spoil = spoiled(0, range(2, 6, 3), float("nan"), times=1)
+
+        patches = (slowed(loop, "seed_step", run.with_suffix(".marker"), 0.2), spoil)
+        processes = lab.start(run, *more, "guard.max_skipped=1", patch=all_of(*patches))
+        processes.wait_for("going on from")
+        processes.kill(0, signal.SIGTERM)
+        problems, again = stopped_as_documented(lab, run, processes, *more)
+        went_back = re.search(r"going on from \S+step_0*2\n", processes.output())
+        row.count(problems + ([] if went_back else [f"keep_last {keep_last}: not to step 2"]), again)
+
+
+def not_finite_in_fp16(lab: Lab, row: Row) -> None:
+    """A finite loss whose gradient is NaN on one rank in every other step: no search for a loss scale explains that."""
+
+    def patch(rank: int) -> None:
+        forward, seed_step, current = MaeTask.forward, loop.seed_step, {"step": -1}
+
+        def note_step(seed, step, world):
+            current["step"] = step
+            return seed_step(seed, step, world)
+
+        def spoil(task, batch):
+            loss, metrics = forward(task, batch)
+            if rank == 1 and task.training and current["step"] % 2:
+                weight = next(weight for weight in task.parameters() if weight.requires_grad)
+                loss = loss + (0 * weight).sum().sqrt()  # 0, with an infinite slope
+            return loss, metrics
+
+        loop.seed_step, MaeTask.forward = note_step, spoil
+
+    for name in ("ddp", "zero2") if lab.full else ("ddp",):
+        run = lab.new_run()
+        more = ["phases=[{name: pretrain, steps: 40}]", "engine.precision=fp16", "engine.initial_loss_scale=1024"]
+        budget = ["guard.max_skipped=5", "guard.max_rollbacks=0"]
+        processes = lab.start(run, *more, *budget, *ENGINES[name], patch=patch)
+        codes = processes.wait(SECONDS_TO_END)
+        problems = [] if codes == [70, 70] else [f"{name}: exit codes {codes}: {processes.output()[-1500:]}"]
+        logged = run / "unhealthy_rank1.jsonl"
+        entries = [json.loads(line) for line in logged.read_text().splitlines()] if logged.exists() else []
+        if [entry["step"] for entry in entries] != [1, 3, 5, 7, 9, 11]:
+            problems.append(f"{name}: logged {entries}")
+        row.count(problems)
+
+
+def not_finite_at_the_end(lab: Lab, row: Row) -> None:
+    """The last step is judged like any other: its keys are logged; past the budget it is done again."""
+    for more in ([], ["guard.max_skipped=0"]) if lab.full else (["guard.max_skipped=0"],):
+        run = lab.new_run()
+        processes = lab.start(run, *more, patch=spoiled(1, range(5, 6), float("nan"), times=1))
+        codes = processes.wait(SECONDS_TO_END)
+        problems = [] if codes == [0, 0] else [f"exit codes {codes}: {processes.output()[-1500:]}"]
+        logged = run / "unhealthy_rank1.jsonl"
+        entries = [json.loads(line) for line in logged.read_text().splitlines()] if logged.exists() else []
+        if [(entry["step"], entry["event"]) for entry in entries] != [(5, "skipped")]:
+            problems.append(f"{more}: logged {entries}")
+        later, again = lab.compare(run) if more else ([], 0)
+        row.count(problems + later, again)
 
 
 def gives_up(lab: Lab, row: Row) -> None:
@@ -503,7 +638,8 @@ FAULTS: dict[str, Callable[[Lab, Row], None]] = {
     function.__name__: function
     for function in (
         signal_training, signal_saving, signal_evaluating, signal_starting, kill_one, kill_all, damaged_files,
-        disk_full, not_finite, roll_back, gives_up, loss_spike, hang, slow, out_of_memory,
+        disk_full, run_dir_full, run_dir_gone, not_finite, not_finite_in_fp16, not_finite_at_the_end, roll_back,
+        roll_back_then_stop, gives_up, loss_spike, hang, slow, out_of_memory,
     )
 }  # fmt: skip
 

@@ -106,8 +106,9 @@ def _fork(
         file = os.open(log, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        environment = rank_environment(rank, num_ranks, port)  # made from the one that is cleared next
         os.environ.clear()
-        os.environ.update(rank_environment(rank, num_ranks, port))
+        os.environ.update(environment)
         if num_ranks == 1:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
                 del os.environ[name]

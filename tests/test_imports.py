@@ -15,6 +15,7 @@ FOR_LOOP = {
     "trainer.guard",
     "trainer.metrics",
     "trainer.parallel.engine",
+    "trainer.run_files",
     "trainer.tracing",
 }
 

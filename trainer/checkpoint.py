@@ -11,6 +11,7 @@
             checksums.json      size and SHA-256 of each file above
             COMPLETE            written last; names the tensors that are not finite
         step_00002000.tmp/      a save that is under way, or died; never loaded
+        step_00003000.abandoned/    from before a rollback; never loaded, and gone once training is there again
 
 The order of a save: copy to host memory, then, in a thread and while training goes on: write under a temporary name,
 sync to disk, mark complete, rename, point LATEST at it, and only then delete old ones. The directory must be seen by
@@ -38,6 +39,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from trainer.checkpoint_files import (
+    ABANDONED,
+    abandoned_directories,
     best_of,
     check_files,
     not_finite,
@@ -86,6 +89,7 @@ class Checkpointer:
         self.world = world
         self.num_failed = 0  # saves of this process that did not get through
         self.stall_seconds = 0.0  # what the last save cost training
+        self.hold: int | None = None  # the newest good checkpoint of at most this step stays: a rollback goes there
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # of the last save, once its thread has ended
         self._damaged: set[Path] = set()  # known from reading, so that they are not read again
@@ -144,6 +148,38 @@ class Checkpointer:
                 log.warning("checkpoint %s is passed over: %s", path, "; ".join(problems))
             self._damaged.add(path)
         return None
+
+    def to_go_on_from(self, at_most: int | None = None) -> Path | None:
+        """As `newest(read=True)`; None only where there is no checkpoint at all.
+
+        Raises ValueError on all ranks if there are some and none will do: a run that began anew would replace them.
+        """
+        path = self.newest(read=True, at_most=at_most)
+        found = step_directories(self.directory) if self.world.is_main else []
+        names = [there.name for there in found if at_most is None or step_of(there) <= at_most]
+        names = broadcast_object(names, self.world)
+        if path is None and names:
+            raise ValueError(
+                f"none of the checkpoints in {self.directory} can be used ({', '.join(names)}); why is said above. Put "
+                "a copy of one back, or move the directory away to begin anew"
+            )
+        return path
+
+    def go_back(self, at_most: int) -> Path | None:
+        """For a rollback: as `to_go_on_from`, and what is newer is set aside with its scores.
+
+        So a later start cannot take it for the newest of the run.
+        """
+        path = self.to_go_on_from(at_most)
+        step = step_of(path) if path else -1
+        if self.world.is_main:
+            try:
+                self._set_aside(step)
+            except OSError as error:
+                log.error("checkpoints after step %d could not be set aside: %s. Training goes on", step, error)
+        self._damaged = {damaged for damaged in self._damaged if step_of(damaged) <= step}
+        barrier(self.world)
+        return path
 
     def load(self, path: Path, engine: Engine) -> RunState:
         """Bring `engine` to the state of a checkpoint, written under any engine and number of ranks.
@@ -264,19 +300,41 @@ class Checkpointer:
 
     def _prune(self, newest: int) -> None:
         steps = {step_of(path): path for path in step_directories(self.directory)}
-        good = [step for step, path in steps.items() if not self._quick_problems(path)]
+        good = self._good_steps()
         scores = read_scores(self.directory)
-        for step in to_delete(list(steps), good, newest, self.keep_last, self.keep_every_steps, scores):
+        for step in to_delete(list(steps), good, newest, self.keep_last, self.keep_every_steps, scores, self.hold):
             shutil.rmtree(steps[step])
+        for path in abandoned_directories(self.directory):
+            if step_of(path) <= newest:
+                shutil.rmtree(path)
+        self._point_at_best()
+
+    def _set_aside(self, after: int) -> None:
+        """On rank 0: checkpoints and scores later than step `after`, the newest first."""
+        for path in reversed(step_directories(self.directory)):
+            if step_of(path) > after:
+                aside = path.with_name(path.name + ABANDONED)
+                shutil.rmtree(aside, ignore_errors=True)  # of an earlier rollback
+                path.rename(aside)
+        scores = read_scores(self.directory)
+        if kept := {step: score for step, score in scores.items() if step <= after}:
+            replace_synced(self.directory / "scores.json", json.dumps(kept, indent=1))
+        elif scores:
+            (self.directory / "scores.json").unlink()
+        for pointer in ("LATEST", "BEST"):
+            (self.directory / pointer).unlink(missing_ok=True)
+        if after >= 0:
+            replace_synced(self.directory / "LATEST", self._final(after).name + "\n")
         self._point_at_best()
 
     def _point_at_best(self) -> None:
-        good = [step_of(path) for path in step_directories(self.directory) if not self._quick_problems(path)]
-        if best := best_of(good, read_scores(self.directory)):
+        if best := best_of(self._good_steps(), read_scores(self.directory)):
             replace_synced(self.directory / "BEST", self._final(best).name + "\n")
 
     def _recover(self) -> None:
-        """A kill between the two renames of a replacement leaves the older one aside; put it back."""
+        """What a kill left: the older one set aside between the two renames of a replacement, which is put back, and
+        what a save had written, which is deleted.
+        """
         if self.world.is_main:
             for replaced in self.directory.glob("step_*.old"):
                 final = replaced.with_suffix("")
@@ -284,7 +342,14 @@ class Checkpointer:
                     shutil.rmtree(replaced, ignore_errors=True)
                 else:
                     replaced.rename(final)
+            for partial in self.directory.glob("step_*.tmp"):
+                shutil.rmtree(partial, ignore_errors=True)
         barrier(self.world)
+
+    def _good_steps(self) -> list[int]:
+        """On rank 0: steps whose checkpoints are complete, finite and, as far as they were read, undamaged."""
+        paths = [path for path in step_directories(self.directory) if path not in self._damaged]
+        return [step_of(path) for path in paths if not self._quick_problems(path)]
 
     def _quick_problems(self, path: Path) -> list[str]:
         problems = check_files(path, read=False)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+ABANDONED = ".abandoned"  # behind the name of a checkpoint that a rollback has set aside
 _STEP_NAME = re.compile(r"step_\d{8,}")
 
 
@@ -19,7 +20,12 @@ def step_directories(directory: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     """The step that a checkpoint's name states."""
-    return int(path.name.removeprefix("step_"))
+    return int(path.name.removesuffix(ABANDONED).removeprefix("step_"))
+
+
+def abandoned_directories(directory: Path) -> list[Path]:
+    """Checkpoints that a rollback has set aside."""
+    return [path for path in directory.glob("step_*" + ABANDONED) if _STEP_NAME.fullmatch(path.stem)]
 
 
 def check_files(path: Path, read: bool, names: Collection[str] | None = None) -> list[str]:
@@ -73,13 +79,17 @@ def to_delete(
     keep_last: int,
     keep_every_steps: int | None,
     scores: dict[int, float],
+    hold: int | None = None,
 ) -> list[int]:
     """Which checkpoints go once `newest` is written. `good` are complete and finite; only those count as kept.
 
     Kept are the `keep_last` newest good ones (so the last good one always is), those at multiples of
-    `keep_every_steps`, the one of the highest score, and `newest` itself. What is newer than `newest` is not ours.
+    `keep_every_steps`, the one of the highest score, the newest good one that is not later than step `hold`, and
+    `newest` itself. What is newer than `newest` is not ours.
     """
     kept = {newest, *sorted(good)[-keep_last:]}
+    if hold is not None:
+        kept |= set(sorted(step for step in good if step <= hold)[-1:])
     if keep_every_steps:
         kept |= {step for step in good if step % keep_every_steps == 0}
     if best := best_of(good, scores):

@@ -12,7 +12,8 @@ import logging
 import math
 import signal
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 
 from trainer.config import GuardSettings
-from trainer.distributed import World
+from trainer.distributed import World, sum_on_host
+from trainer.run_files import LineFile
 from trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,21 @@ EXIT_OUT_OF_MEMORY = 71  # EX_OSERR
 EXIT_NOT_SAVED = 74  # EX_IOERR: the last checkpoint could not be written
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved, start the same command again to go on
 SKIP_WINDOW = 1000  # steps over which guard.max_skipped counts
-MAX_SCALE_SEARCH = 24  # skipped steps in a row that fp16's search for a scale explains: 2^24 is over any start
+MAX_SCALE_SEARCH = 24  # skipped steps in a row that fp16's first search for a scale explains: 2^24 is over any start
+# fp16 reaches from 6e-8 to 65504 and gradients are smaller than 1, so a useful scale is large. One below this was
+# brought there by gradients that no scale makes finite.
+MIN_LOSS_SCALE = 2.0**-10
+
+
+@contextmanager
+def signals_end_the_process() -> Iterator[None]:
+    """Around waiting for other processes with nothing to save: a handler in Python would run after the waiting."""
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Outcome(Enum):
@@ -48,7 +64,7 @@ class Outcome(Enum):
 
 
 class GaveUp(RuntimeError):
-    """The run was rolled back as often as allowed and is still not healthy."""
+    """The run was rolled back as often as allowed and is still not healthy, or no rollback would help."""
 
 
 @dataclass
@@ -68,7 +84,7 @@ class Guard:
         self.stop_requested = False
         self.step = 0  # that the loop is at
         self.num_rollbacks = 0
-        self.healthy_until: int | None = None  # after a rollback was asked for: step before which none was skipped
+        self.healthy_until = 0  # once a rollback was asked for: step before which none was skipped
         self._previous: dict[int, Any] = {}
         self._watchdog: Watchdog | None = None
         self._pending: deque[Pending] = deque()
@@ -84,10 +100,11 @@ class Guard:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def attach(self, settings: GuardSettings, world: World, run_dir: Path, dynamic_scale: bool) -> None:
-        """Start to watch a run. `dynamic_scale`: fp16, whose search for a loss scale skips steps."""
+    def attach(self, settings: GuardSettings, world: World, run_dir: Path, growth_steps: int | None) -> None:
+        """Start to watch a run. `growth_steps`: good steps after which the loss scale doubles; None without one."""
         self.settings, self.world, self.run_dir = settings, world, run_dir
-        self.dynamic_scale = dynamic_scale
+        self.growth_steps = growth_steps
+        self._unhealthy = LineFile(run_dir / f"unhealthy_rank{world.rank}.jsonl")
         self._watchdog = Watchdog(run_dir / "heartbeat", world, settings.hang_minutes)
         self._watchdog.start()
 
@@ -99,10 +116,11 @@ class Guard:
 
     def begin(self) -> None:
         """A new stretch of training: what was pending belongs to the one before."""
-        self.healthy_until = None
         self._pending.clear()
         self._skipped: deque[int] = deque()
-        self._in_a_row = 0
+        self._num_searching = 0 if self.growth_steps else None  # skipped steps of fp16's first search; None: it is over
+        self._num_good = 0  # steps in a row, as fp16 counts them
+        self._scale_grew = False  # and no step was skipped since
         self._spikes = SpikeDetector(self.settings.spike_deviations)
         # On a GPU a step's results are read one step later, when they are there: reading never waits.
         self._lag = 1 if self.world.device.type == "cuda" else 0
@@ -144,28 +162,73 @@ class Guard:
         stop, loss, bad_losses, bad_norms = sums
         if len(self._pending) > self._lag:
             pending = self._pending.popleft()
+            while self._skipped and self._skipped[0] <= pending.step - SKIP_WINDOW:
+                self._skipped.popleft()
             if bad_losses or bad_norms:
                 self._count_skipped(pending, int(bad_losses))
                 if self._over_budget():
                     return self._roll_back(pending.step)
             else:
-                self._in_a_row = 0
+                self._count_good()
                 if spike := self._spikes.add(loss):
                     self._note(pending, "loss spike", f"loss {loss:.4g}, {spike}")
         return Outcome.STOPPED if stop else None
+
+    def settle(self) -> Outcome | None:
+        """Judge every step made so far, so that whatever is saved next has been judged. All ranks call.
+
+        Waits for the device, as a save does.
+        """
+        lag, self._lag = self._lag, 0
+        verdict = None
+        while self._pending and verdict is not Outcome.ROLL_BACK:
+            verdict = self.judge(sum_on_host(self.report(), self.world))
+        self._lag = lag
+        return verdict
+
+    def first_skipped(self) -> int | None:
+        """The step that a rollback would go back to, if one were asked for now; None if none was skipped of late."""
+        return self._skipped[0] if self._skipped else None
 
     def asked_in_evaluation(self) -> bool:
         """Whether this rank was asked to stop; an evaluation asks after each image, which is also progress."""
         self.at("evaluate", self.step)
         return self.stop_requested
 
+    def anyone_asked_to_stop(self) -> bool:
+        """Whether a signal has come to any rank. All ranks call."""
+        return sum_on_host([float(self.stop_requested)], self.world)[0] > 0
+
+    def check_loss_scale(self, step: int, scale: float) -> None:
+        """Raise `GaveUp`, on all ranks, where so many steps were skipped, however slowly, that no scale is left."""
+        if scale < MIN_LOSS_SCALE:
+            raise GaveUp(
+                f"step {step}: the loss scale has fallen to {scale:.1e}: gradients are not finite whatever it is. Look "
+                f"at the samples in {self.run_dir}/unhealthy_rank*.jsonl, or try engine.precision=bf16"
+            )
+
+    def _count_good(self) -> None:
+        self._num_searching = None
+        self._num_good += 1
+        if self._num_good == self.growth_steps:
+            self._num_good, self._scale_grew = 0, True
+
+    def _explained_by_the_scale(self) -> bool:
+        """Whether fp16 skips this step to find the largest scale that works: at first, and once after each growth.
+
+        A gradient that is not finite whatever the scale would else hide behind that for ever: good steps lie between.
+        """
+        self._num_good = 0
+        if self._num_searching is not None:
+            self._num_searching += 1
+            return self._num_searching <= MAX_SCALE_SEARCH
+        grew, self._scale_grew = self._scale_grew, False
+        return grew
+
     def _count_skipped(self, pending: Pending, bad_losses: int) -> None:
-        self._in_a_row += 1
-        if self.dynamic_scale and not bad_losses and self._in_a_row <= MAX_SCALE_SEARCH:
-            return  # fp16 looks for the largest scale that works: no fault
+        if self._explained_by_the_scale() and not bad_losses:
+            return  # no fault
         self._skipped.append(pending.step)
-        while self._skipped[0] <= pending.step - SKIP_WINDOW:
-            self._skipped.popleft()
         what = f"loss not finite on {bad_losses} ranks" if bad_losses else "gradient not finite"
         self._note(pending, "skipped", f"{what}; {len(self._skipped)} of the last {SKIP_WINDOW} steps skipped")
 
@@ -191,8 +254,7 @@ class Guard:
             "step %d: %s: %s; rank %d had %s", pending.step, event, what, self.world.rank, " ".join(pending.keys)
         )
         entry = {"step": pending.step, "event": event, "what": what, "keys": pending.keys}
-        with (self.run_dir / f"unhealthy_rank{self.world.rank}.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        self._unhealthy.write(json.dumps(entry) + "\n")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_requested = True

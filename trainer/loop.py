@@ -4,7 +4,6 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO
 
 import torch
 
@@ -14,6 +13,7 @@ from trainer.distributed import World, sum_on_host
 from trainer.guard import Guard, Outcome
 from trainer.metrics import Logger, Meter, console_line, throughput
 from trainer.parallel.engine import Engine
+from trainer.run_files import LineFile
 from trainer.tracing import Tracer
 
 
@@ -49,12 +49,19 @@ def train(
     evaluate: Callable[[Engine, int], float | None],
     diagnose: Callable[[Engine, int], None],
     tracer: Tracer,
-    sample_log: IO[str] | None,
+    sample_log: LineFile | None,
 ) -> Outcome:
-    """Train from `plan.first_step` to `plan.last_step`, or until a signal or the guard ends it before."""
+    """Train from `plan.first_step` to `plan.last_step`, or until a signal or the guard ends it before.
+
+    No steps are asked for where a signal came so late that the evaluation at the end of the run is all that is missing.
+    """
     meter = Meter()
-    engine.task.train()
     guard.begin()
+    if plan.first_step == plan.last_step:
+        guard.at("evaluate", plan.last_step)
+        keep_if_best(evaluate(engine, plan.last_step), True, plan.last_step, plan, engine, checkpointer)
+        return Outcome.STOPPED if guard.anyone_asked_to_stop() else Outcome.DONE
+    engine.task.train()
     for step in range(plan.first_step, plan.last_step):
         seed_step(plan.seed, step, world)
         engine.set_lr(plan.lr_at(step))
@@ -92,13 +99,20 @@ def train(
         if done % plan.log_every == 0 or done == plan.last_step or stop:
             guard.at("log", step)
             write_log(done, step, plan, engine, meter, checkpointer, logger, world)
+            guard.check_loss_scale(done, engine.loss_scale)
             guard.name_slow_ranks()
             meter = Meter()
+        evaluation_due = done % plan.evaluate_every == 0 or done == plan.last_step
+        if stop or evaluation_due or done % plan.save_every == 0:  # what may be saved is judged first
+            guard.at("settle", step)
+            if guard.settle() is Outcome.ROLL_BACK:
+                return Outcome.ROLL_BACK
+            checkpointer.hold = guard.first_skipped()
         guard.at("save", step)
         saved = save_if_due(done, stop, plan, engine, checkpointer)
-        if not stop and (done % plan.evaluate_every == 0 or done == plan.last_step):
+        if evaluation_due and not stop:
             # After the save: whatever happens in an evaluation, no step is lost. A signal cuts it short; the next step
-            # is then the last.
+            # is then the last. At the end of the run, where there is none, the next start evaluates.
             guard.at("evaluate", step)
             with meter.paused():
                 keep_if_best(evaluate(engine, done), saved, done, plan, engine, checkpointer)
@@ -108,7 +122,7 @@ def train(
             with meter.paused():
                 diagnose(engine, done)
             engine.task.train()
-        if stop and done < plan.num_steps:
+        if stop or (done == plan.num_steps and guard.anyone_asked_to_stop()):
             checkpointer.wait()
             logger.say(f"stopped at step {done} of {plan.num_steps}; the same command goes on from here")
             return Outcome.STOPPED
@@ -209,14 +223,16 @@ def seed_step(seed: int, step: int, world: World) -> None:
     torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + world.rank) % 2**63)
 
 
-def note_samples(batch: Batch, step: int, meter: Meter, sample_log: IO[str] | None) -> None:
+def note_samples(batch: Batch, step: int, meter: Meter, sample_log: LineFile | None) -> None:
     """Count and name broken samples; write down what was trained on, if asked."""
     meter.add_batch(batch)
     for problem in batch.problems:
         print(f"step {step}: sample trains nothing: {problem}", flush=True)
     if sample_log is not None:
         positions, weights = batch.positions.tolist(), batch.image_weight.tolist()
-        for position, key, weight in zip(positions, batch.keys, weights, strict=True):
-            if position >= 0:
-                sample_log.write(json.dumps({"step": step, "position": position, "key": key, "weight": weight}) + "\n")
-        sample_log.flush()
+        entries = [
+            {"step": step, "position": position, "key": key, "weight": weight}
+            for position, key, weight in zip(positions, batch.keys, weights, strict=True)
+            if position >= 0
+        ]
+        sample_log.write("".join(json.dumps(entry) + "\n" for entry in entries))

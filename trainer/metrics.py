@@ -8,7 +8,7 @@ import json
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from trainer.data.batches import Batch
 from trainer.distributed import World, max_on_host, sum_on_host
+from trainer.run_files import Forgiving, LineFile
 
 STAGES = ("read", "jpeg", "masks", "prompts", "collate")  # of making a batch, as the datasets name them
 
@@ -124,45 +125,68 @@ def throughput(
 
 
 class Logger:
-    """Writes on rank 0; silent elsewhere. `step` is the number of optimizer updates done."""
+    """Writes on rank 0; silent elsewhere. `step` is the number of optimizer updates done.
+
+    Nothing that cannot be written ends training: it is said once, left out, and tried again with the next numbers.
+    """
 
     def __init__(self, run_dir: Path, world: World) -> None:
         self.active, self.run_dir = world.is_main, run_dir
-        if self.active:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
-            self.lines = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        self._lines = LineFile(run_dir / "metrics.jsonl")
+        self._tensorboard: SummaryWriter | None = None
+        self._tensorboard_due = True  # to be opened
+        self._forgiving = {name: Forgiving(name) for name in ("TensorBoard", "standard output")}
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if not self.active:
             return
-        self.lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, step)
+        if self._lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n"):
+            self._tensorboard_due = True
+
+        def write(tensorboard: SummaryWriter) -> None:
+            for name, value in values.items():
+                tensorboard.add_scalar(name, value, step)
+
+        self._show(write)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """image: (Y, X, 3) uint8."""
-        if self.active:
-            self.tensorboard.add_image(name, image, step, dataformats="HWC")
+        self._show(lambda tensorboard: tensorboard.add_image(name, image, step, dataformats="HWC"))
 
     def text(self, name: str, text: str) -> None:
         """A text as it stands; the newest of a name is shown."""
-        if self.active:
-            self.tensorboard.add_text(name, "\n".join("    " + line for line in text.splitlines()))
+        indented = "\n".join("    " + line for line in text.splitlines())
+        self._show(lambda tensorboard: tensorboard.add_text(name, indented))
 
     def file(self, name: str, text: str) -> None:
         """A text as a file of the run directory, for grep; it replaces the one before."""
         if self.active:
-            (self.run_dir / name).write_text(text + "\n")
+            with Forgiving(str(self.run_dir / name)):
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                (self.run_dir / name).write_text(text + "\n")
 
     def say(self, line: str) -> None:
         if self.active:
-            print(line, flush=True)
+            with self._forgiving["standard output"]:
+                print(line, flush=True)
 
     def close(self) -> None:
-        if self.active:
-            self.tensorboard.close()
-            self.lines.close()
+        if self._tensorboard is not None:
+            self._show(lambda tensorboard: tensorboard.close())
+
+    def _show(self, write: Callable[[SummaryWriter], None]) -> None:
+        """Hand something to TensorBoard, whose thread keeps an error of the disk for the next call, and ends with it.
+
+        A new one is made once `metrics.jsonl` can be written again: each try before would leave an empty file.
+        """
+        if not self.active or (self._tensorboard is None and not self._tensorboard_due):
+            return
+        forgiving = self._forgiving["TensorBoard"]
+        with forgiving:
+            self._tensorboard = self._tensorboard or SummaryWriter(str(self.run_dir / "tensorboard"))
+            write(self._tensorboard)
+        if not forgiving.works:
+            self._tensorboard, self._tensorboard_due = None, False
 
 
 def console_line(step: int, num_steps: int, values: Mapping[str, float], global_size: int) -> str:

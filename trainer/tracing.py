@@ -5,6 +5,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from trainer.distributed import World
+from trainer.run_files import Forgiving
 
 
 class Tracer:
@@ -29,9 +30,10 @@ class Tracer:
         if self.profiler is None or self.steps is None or step != self.steps[1]:
             return None
         self.profiler.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
         first, last = self.steps
-        self.profiler.export_chrome_trace(str(self.folder / f"steps_{first}_to_{last}.json.gz"))
+        with Forgiving(str(self.folder)):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.profiler.export_chrome_trace(str(self.folder / f"steps_{first}_to_{last}.json.gz"))
         by = "self_cuda_time_total" if len(self.activities) > 1 else "self_cpu_time_total"
         table = self.profiler.key_averages().table(sort_by=by, row_limit=30)
         self.profiler = None

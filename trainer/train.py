@@ -39,6 +39,7 @@ from trainer.guard import (
     GaveUp,
     Guard,
     Outcome,
+    signals_end_the_process,
 )
 from trainer.loop import BadSamples, Plan, train
 from trainer.metrics import Logger
@@ -57,11 +58,14 @@ from trainer.parallel.averaged import AveragedEngine
 from trainer.parallel.engine import Engine, build_engine
 from trainer.parallel.precision import make_deterministic
 from trainer.reconstruct import log_reconstruction
+from trainer.run_files import Forgiving, LineFile
 from trainer.sam_task import SamTask
 from trainer.stages import Pipeline, build_pipeline, build_task, encoder_depth
 from trainer.tracing import Tracer
 
 log = logging.getLogger(__name__)
+
+FINISHED = "finished.txt"  # in the run directory: the step at which all was done, the last evaluation included
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,8 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_WRONG
     if config.engine.deterministic:
         make_deterministic()
-    with Guard() as guard:
+    with signals_end_the_process():
         world = start_world(config.engine.timeout_minutes)
+    with Guard() as guard:
         try:
             return run_guarded(config, world, guard)
         finally:
@@ -125,31 +130,45 @@ def run(config: Config, world: World, guard: Guard) -> bool:
     checkpoint = config.checkpoint
     keep_every_steps = checkpoint.keep_every and checkpoint.keep_every * save_interval(config, pipeline)
     checkpointer = Checkpointer(config.run_dir / "checkpoints", checkpoint.keep_last, world, keep_every_steps)
-    newest = checkpointer.newest(read=True)
+    newest = checkpointer.to_go_on_from()
     if newest:
         # Before anything is written: a mistaken start must not touch the run.
         check_recipe(read_run_state(newest).recipe, recipe(config, pipeline), config.resume.allow_change, newest)
     logger = Logger(config.run_dir, world)
     announce(config, pipeline, ends, world, logger)
-    guard.attach(
-        config.guard, world, config.run_dir, dynamic_scale=config.engine.precision in ("fp16", "deepspeed_fp16")
-    )
+    fp16 = config.engine.precision in ("fp16", "deepspeed_fp16")
+    guard.attach(config.guard, world, config.run_dir, config.engine.loss_scale_growth_steps if fp16 else None)
     outcome = Outcome.DONE
     try:
         while outcome is not Outcome.STOPPED:
-            # After a rollback, from before the trouble: a checkpoint of skipped steps would keep them skipped.
-            newest = checkpointer.newest(at_most=guard.healthy_until) or checkpointer.newest()
+            if outcome is Outcome.ROLL_BACK:
+                # From before the trouble, be it the start: a checkpoint of skipped steps would keep them skipped.
+                guard.at("go back", guard.step)
+                newest = checkpointer.go_back(guard.healthy_until)
+            else:
+                newest = checkpointer.newest()
             state = read_run_state(newest) if newest else RunState(step=0, samples_seen=0, phase=0)
             phase = next((number for number, end in enumerate(ends) if state.step < end), None)
-            if phase is None:
+            if phase is None and (state.step > ends[-1] or is_finished(config.run_dir, state.step, world)):
                 return True
+            if phase is None:
+                phase = len(ends) - 1  # of which a signal has left the last evaluation undone
             outcome = run_phase(config, phase, ends, pipeline, newest, state, checkpointer, world, logger, guard)
             if outcome is Outcome.DONE:
                 logger.say(f"phase {config.phases[phase].name} is complete at step {ends[phase]}")
+                if phase == len(ends) - 1:
+                    logger.file(FINISHED, f"step {ends[phase]}")
+                    return True
     finally:
         guard.detach()
         logger.close()
     return False
+
+
+def is_finished(run_dir: Path, step: int, world: World) -> bool:
+    """Whether the run has trained to `step` and evaluated there. All ranks call."""
+    path = run_dir / FINISHED
+    return broadcast_object(world.is_main and path.exists() and path.read_text().split() == ["step", str(step)], world)
 
 
 def run_phase(
@@ -194,7 +213,7 @@ def run_phase(
     batches = build_batches(pipeline.dataset, config, world, state.step, ends[phase], shift)
     sample_log = None
     if config.log.sample_keys:
-        sample_log = (config.run_dir / f"samples_rank{world.rank}.jsonl").open("a")
+        sample_log = LineFile(config.run_dir / f"samples_rank{world.rank}.jsonl")
     try:
         evaluate = build_evaluation(config, pipeline, world, logger, guard)
         tracer = Tracer(config.profile.steps, config.run_dir, world)
@@ -204,8 +223,6 @@ def run_phase(
         checkpointer.wait()
         batches.close()
         engine.close()
-        if sample_log:
-            sample_log.close()
 
 
 def check_embeddings(store: EmbeddingStore, engine: Engine, world: World) -> None:
@@ -371,8 +388,9 @@ def explain_out_of_memory(config: Config, world: World, error: Exception) -> str
     where = ""
     if world.device.type == "cuda":
         path = config.run_dir / f"out_of_memory_rank{world.rank}.txt"
-        path.write_text(f"{error}\n\n{torch.cuda.memory_summary()}")
-        torch.cuda.memory._dump_snapshot(str(path.with_suffix(".pickle")))
+        with Forgiving(str(path)):
+            path.write_text(f"{error}\n\n{torch.cuda.memory_summary()}")
+            torch.cuda.memory._dump_snapshot(str(path.with_suffix(".pickle")))
         where = f" Where it was: {path}, and the .pickle beside it for pytorch.org/memory_viz."
     return f"out of memory. Lower or set, the cheapest first: {'; '.join(advice)}.{where} {error}"
 
@@ -381,8 +399,7 @@ def announce(config: Config, pipeline: Pipeline, ends: list[int], world: World, 
     """Say before step 0 what will happen, and write the resolved config into the run directory."""
     if not world.is_main:
         return
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.yaml").write_text(dump_config(config))
+    logger.file("config.yaml", dump_config(config).rstrip())
     logger.text("config", dump_config(config))
     logger.text("environment", environment(world))
     samples, batch = pipeline.order.num_samples, config.batch

@@ -17,6 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from trainer.distributed import World, gather_objects
+from trainer.run_files import Forgiving
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,10 @@ class Watchdog:
         self._seconds: dict[str, float] = defaultdict(float)
         self._num_steps = 0
         self._stopped = threading.Event()
+        self._forgiving = Forgiving(str(directory))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
         self._write()
         self._thread.start()
 
@@ -84,11 +85,10 @@ class Watchdog:
         count, step, part = self._place
         path = self.directory / f"rank_{self.world.rank:05d}"
         temporary = path.with_name(path.name + ".tmp")
-        try:
+        with self._forgiving:
+            self.directory.mkdir(parents=True, exist_ok=True)
             temporary.write_text(f"{count} {step} {part} {socket.gethostname()} {os.getpid()}\n")
             temporary.replace(path)
-        except OSError as error:  # a full disk must not end a healthy run
-            log.warning("heartbeat %s: %s", path, error)
 
     def _end(self, waited: float) -> None:
         _, step, part = self._place

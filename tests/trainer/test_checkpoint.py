@@ -230,6 +230,35 @@ def test_a_kill_between_the_renames_of_a_replacement(engine: Engine, checkpointe
     assert checkpointer.newest(read=True) == path
 
 
+def test_what_a_killed_save_left_is_cleared_away(engine: Engine, checkpointer: Checkpointer) -> None:
+    """The next save may be of another step, and a save of a large network is large."""
+    path = checkpointer.save(engine, state_at(2))
+    partial = path.with_name("step_00000003.tmp")
+    partial.mkdir()
+    (partial / "__0_0.distcp").write_text("half of it")
+    assert checkpointer.newest() == path
+    assert partial.exists()  # a reader leaves things alone: the save may be under way
+    assert checkpointer.newest(read=True) == path
+    assert names(checkpointer) == ["LATEST", "step_00000002"]
+
+
+def test_what_was_found_damaged_does_not_count_as_kept(engine: Engine, tmp_path: Path) -> None:
+    """A flipped bit shows only when all is read, at the start: pruning must remember it."""
+    before = Checkpointer(tmp_path, keep_last=2, world=WORLD)
+    good, bad = (before.save(engine, state_at(step)) for step in (4, 6))
+    content = bytearray(data_file(bad).read_bytes())
+    content[len(content) // 2] ^= 1
+    data_file(bad).write_bytes(content)
+    checkpointer = Checkpointer(tmp_path, keep_last=1, world=WORLD)
+    assert checkpointer.newest(read=True) == good
+    checkpointer.note_score(6, 0.9)
+    with torch.no_grad():
+        engine.task.decoder.head.bias[1] = torch.nan
+    checkpointer.save(engine, state_at(5))
+    assert Checkpointer(tmp_path, 1, WORLD).newest(read=True) == good
+    assert not (tmp_path / "BEST").exists()
+
+
 def test_the_best_is_kept(engine: Engine, tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, keep_last=1, world=WORLD, keep_every_steps=5)
     for step, score in ((2, 0.1), (3, 0.7), (4, 0.3), (5, 0.2), (6, 0.4), (7, None)):
@@ -241,21 +270,53 @@ def test_the_best_is_kept(engine: Engine, tmp_path: Path) -> None:
     assert read_scores(tmp_path)[6] == 0.4
 
 
+def test_going_back_sets_aside_what_is_newer(engine: Engine, tmp_path: Path) -> None:
+    """Else the next start would take the newest of what was given up for the newest of the run."""
+    checkpointer = Checkpointer(tmp_path, keep_last=3, world=WORLD)
+    for step, score in ((1, 0.2), (3, 0.9), (5, 0.5)):
+        checkpointer.save(engine, state_at(step))
+        checkpointer.note_score(step, score)
+    assert checkpointer.go_back(2) == tmp_path / "step_00000001"
+    aside = ["step_00000003.abandoned", "step_00000005.abandoned"]
+    assert names(checkpointer) == ["BEST", "LATEST", "scores.json", "step_00000001", *aside]
+    assert [(tmp_path / name).read_text() for name in ("BEST", "LATEST")] == ["step_00000001\n"] * 2
+    assert read_scores(tmp_path) == {1: 0.2}
+    assert Checkpointer(tmp_path, 3, WORLD).newest(read=True) == tmp_path / "step_00000001"
+    checkpointer.save(engine, state_at(4))  # what it passes is not needed any more
+    assert names(checkpointer) == ["BEST", "LATEST", "scores.json", "step_00000001", "step_00000004", aside[1]]
+    assert checkpointer.go_back(0) is None
+    assert checkpointer.newest() is None
+    assert names(checkpointer) == [f"step_0000000{step}.abandoned" for step in (1, 4, 5)]
+
+
+def test_where_a_rollback_would_go_is_kept(engine: Engine, tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, keep_last=1, world=WORLD)
+    for step in (1, 2, 3, 4):
+        checkpointer.hold = 2 if step > 2 else None
+        checkpointer.save(engine, state_at(step))
+    assert names(checkpointer) == ["LATEST", "step_00000002", "step_00000004"]
+
+
 @given(
     steps=st.sets(st.integers(1, 60), min_size=1),
     data=st.data(),
     keep_last=st.integers(1, 4),
     every=st.none() | st.integers(1, 20),
+    hold=st.none() | st.integers(0, 60),
 )
-def test_laws_of_retention(steps: set[int], data: st.DataObject, keep_last: int, every: int | None) -> None:
+def test_laws_of_retention(
+    steps: set[int], data: st.DataObject, keep_last: int, every: int | None, hold: int | None
+) -> None:
     newest = data.draw(st.sampled_from(sorted(steps)))
     good = data.draw(st.sets(st.sampled_from(sorted(steps))))
     scores = data.draw(st.dictionaries(st.sampled_from(sorted(steps)), st.floats(0, 1)))
-    gone = set(to_delete(sorted(steps), good, newest, keep_last, every, scores))
+    gone = set(to_delete(sorted(steps), good, newest, keep_last, every, scores, hold))
     left = good - gone
     assert newest not in gone
     assert len(left) >= min(keep_last, len(good))  # so the last finite one is never deleted
     assert not good or max(good) in left
+    before = {step for step in good if hold is not None and step <= hold}
+    assert not before or max(before) in left
     assert not any(every and step % every == 0 for step in gone & good)
     assert not scores.keys() & good or max(scores.get(step, -1) for step in left) == max(
         scores[step] for step in scores.keys() & good

@@ -15,7 +15,7 @@ from tests.faults import FAULTS
 from tests.launch_ranks import ROOT, clean_environment
 from trainer.config import GuardSettings
 from trainer.distributed import single_process
-from trainer.guard import GaveUp, Guard, Outcome, SpikeDetector
+from trainer.guard import SKIP_WINDOW, GaveUp, Guard, Outcome, SpikeDetector
 from trainer.watchdog import behind, slow_ranks
 
 WORLD = single_process("cpu")
@@ -23,9 +23,9 @@ WORLD = single_process("cpu")
 SHORT = ("signal_training", "not_finite", "hang")
 
 
-def attached(tmp_path: Path, dynamic_scale: bool = False, **settings: int) -> Guard:
+def attached(tmp_path: Path, growth_steps: int | None = None, **settings: int) -> Guard:
     guard = Guard()
-    guard.attach(GuardSettings(hang_minutes=None, **settings), WORLD, tmp_path, dynamic_scale)
+    guard.attach(GuardSettings(hang_minutes=None, **settings), WORLD, tmp_path, growth_steps)
     guard.detach()  # these tests judge steps and need no thread
     guard.begin()
     return guard
@@ -50,7 +50,7 @@ def test_skipped_steps_past_the_budget_roll_back_and_then_give_up(tmp_path: Path
         (step, "skipped", [f"key{step}"]) for step in (1, 3, 4)
     ]
     guard.begin()
-    assert guard.healthy_until is None
+    assert guard.first_skipped() is None
     with pytest.raises(GaveUp, match="max_rollbacks=1"):
         run_steps(guard, [nan] * 3)
 
@@ -58,13 +58,53 @@ def test_skipped_steps_past_the_budget_roll_back_and_then_give_up(tmp_path: Path
 def test_the_search_for_a_loss_scale_is_no_fault(tmp_path: Path) -> None:
     """fp16: the gradient overflows, the loss does not. But not for ever, and not if the loss is NaN."""
     inf = math.inf
-    guard = attached(tmp_path, dynamic_scale=True, max_skipped=0)
+    guard = attached(tmp_path, growth_steps=2000, max_skipped=0)
     assert run_steps(guard, [1.0] * 20, [inf] * 20) == [None] * 20
     assert run_steps(guard, [1.0] * 5, [inf] * 5)[-1] is Outcome.ROLL_BACK
     guard.begin()
     assert run_steps(guard, [math.nan]) == [Outcome.ROLL_BACK]
     plain = attached(tmp_path, max_skipped=0)
     assert run_steps(plain, [1.0], [inf]) == [Outcome.ROLL_BACK]
+
+
+def test_a_gradient_that_is_not_finite_now_and_again_is_a_fault_under_fp16_too(tmp_path: Path) -> None:
+    """Good steps between the bad ones do not make them a search for a scale, except for one after each growth."""
+    guard = attached(tmp_path, growth_steps=2000, max_skipped=2)
+    assert run_steps(guard, [1.0] * 9, [math.inf, math.inf, *[1.0, math.nan] * 3, 1.0])[-2] is Outcome.ROLL_BACK
+    assert guard.healthy_until == 3
+    guard = attached(tmp_path, growth_steps=3, max_skipped=0)
+    assert run_steps(guard, [1.0] * 40, [1.0, 1.0, 1.0, math.inf] * 10) == [None] * 40
+    assert run_steps(guard, [1.0], [math.inf]) == [Outcome.ROLL_BACK]
+
+
+def test_a_loss_scale_of_nothing_gives_up(tmp_path: Path) -> None:
+    """Few enough to stay within the budget, steps may still be skipped more often than the scale grows."""
+    guard = attached(tmp_path, growth_steps=2000)
+    guard.check_loss_scale(7, 65536.0 * 0.5**24)
+    with pytest.raises(GaveUp, match="step 7: the loss scale has fallen to 3"):
+        guard.check_loss_scale(7, 2.0**-15)
+
+
+def test_what_is_not_judged_yet_is_settled_before_a_save(tmp_path: Path) -> None:
+    """On a GPU a step is judged one step late; the last ones of a stretch would never be."""
+    guard = attached(tmp_path, max_skipped=1)
+    guard._lag = 1
+    for step, loss in enumerate([math.nan, 1.0, math.nan, math.nan]):
+        guard.note_step(step, torch.tensor(loss), torch.tensor(loss), [f"key{step}"])
+        if step < 2:
+            assert guard.settle() is None
+            assert guard.first_skipped() == 0
+    assert guard.settle() is Outcome.ROLL_BACK
+    assert guard.healthy_until == 0
+
+
+def test_a_skipped_step_is_forgotten_after_a_while(tmp_path: Path) -> None:
+    guard = attached(tmp_path, max_skipped=1)
+    run_steps(guard, [math.nan] + [1.0] * (SKIP_WINDOW - 1))
+    assert guard.first_skipped() == 0
+    guard.note_step(SKIP_WINDOW, torch.tensor(1.0), torch.tensor(1.0), [])
+    guard.settle()
+    assert guard.first_skipped() is None
 
 
 def test_a_stop_on_any_rank_stops(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from trainer import metrics, train
 from trainer.config import load_config
 from trainer.distributed import single_process
 from trainer.flops import flops_per_image
-from trainer.metrics import Meter, console_line, throughput
+from trainer.metrics import Logger, Meter, console_line, throughput
 from trainer.stages import build_pipeline
 
 
@@ -89,6 +91,32 @@ def test_the_profiler_records_the_steps_it_was_asked_for(run_dir):
     recorded = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     steps = [event for event in recorded if event.get("name", "").startswith("Optimizer.step#")]
     assert len({event["ts"] for event in steps}) == 2
+
+
+def test_a_lost_run_directory_ends_nothing(tmp_path, caplog):
+    """TensorBoard's thread dies of it; numbers come back with the directory."""
+    logger = Logger(tmp_path / "run", single_process("cpu"))
+    logger.scalars(1, {"train/loss": 1.0})
+    logger._tensorboard.flush()
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("in its place")
+    for step in range(2, 30):  # more than its queue holds
+        logger.scalars(step, {"train/loss": 1.0})
+        logger.text("note", "a text")
+        time.sleep(0.01)
+    logger.file("rates.txt", "a file")
+    assert [record.message.split(" cannot be written")[0] for record in caplog.records] == [
+        str(tmp_path / "run" / "metrics.jsonl"), "TensorBoard", str(tmp_path / "run" / "rates.txt"),
+    ]  # fmt: skip
+    (tmp_path / "run").unlink()
+    for step in (30, 31):
+        logger.scalars(step, {"train/loss": float(step)})
+    logger.close()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [30, 31]
+    accumulator = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    accumulator.Reload()
+    assert [event.value for event in accumulator.Scalars("train/loss")] == [30.0, 31.0]
 
 
 def test_the_console_line_says_how_long_it_will_take():

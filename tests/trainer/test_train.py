@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,9 +13,11 @@ import pytest
 import torch
 
 from model.build import build_mae, build_sam
+from tests.launch_ranks import free_port
 from tests.trainer.tiny import losses, mae_arguments, sam_arguments, samples
 from trainer import loop, train
 from trainer.checkpoint import Checkpointer, load_weights
+from trainer.checkpoint_files import read_scores
 from trainer.distributed import single_process
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -70,6 +74,34 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(scenes, sam_run, tmp_path, 
     assert losses(tmp_path) == losses(sam_run)
     ours, theirs = load_weights(newest(tmp_path)), load_weights(newest(sam_run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("when", ["in the last step", "in its evaluation"])
+def test_a_stop_at_the_end_does_not_lose_the_last_evaluation(scenes, tmp_path, monkeypatch, when):
+    arguments = sam_arguments(scenes, tmp_path, "checkpoint.keep_best=true")
+    agree, evaluate, calls = loop.agree, train.evaluate_and_log, []
+
+    def stop_in_step(micro_batches, guard, world):
+        calls.append(1)
+        guard.stop_requested = when == "in the last step" and len(calls) == 6
+        return agree(micro_batches, guard, world)
+
+    def stop_in_evaluation(*arguments):
+        *_, step, stop = arguments
+        stop.__self__.stop_requested = when == "in its evaluation" and step == 6
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "agree", stop_in_step)
+    monkeypatch.setattr(train, "evaluate_and_log", stop_in_evaluation)
+    assert train.main(arguments) == 75
+    assert newest(tmp_path).name == "step_00000006"
+    monkeypatch.undo()
+    assert train.main(arguments) == 0
+    assert read_scores(tmp_path / "checkpoints").keys() == {2, 6}
+    written = (tmp_path / "metrics.jsonl").read_text()
+    assert train.main(arguments) == 0
+    assert (tmp_path / "metrics.jsonl").read_text() == written  # it is there: nothing is left to do
+    assert len(samples(tmp_path)) == 6 * 3
 
 
 def test_the_frozen_encoder_stays_until_joint_training(scenes, sam_run, tmp_path):
@@ -136,6 +168,34 @@ def test_a_signal_to_the_whole_group_saves_and_leaves(scenes, tmp_path, number):
     assert len(samples(tmp_path)) == 3 * done
 
 
+@pytest.mark.dist
+def test_a_signal_ends_a_rank_that_waits_for_the_others(scenes, tmp_path):
+    """They may never come. A handler in Python would not run before they do."""
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "trainer.train", *sam_arguments(scenes, tmp_path / "run")]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with subprocess.Popen(command, env=environment() | place) as process:
+            try:
+                wait_for_port(int(place["MASTER_PORT"]))
+                process.send_signal(number)
+                assert process.wait(timeout=20) == -number
+            finally:
+                process.kill()
+    assert not (tmp_path / "run").exists()
+
+
+def wait_for_port(port: int) -> None:
+    """Until somebody listens there: rank 0 does once it waits for the others."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"nobody listens on port {port}")
+
+
 def test_all_config_problems_come_at_once_and_nothing_starts(scenes, tmp_path, capsys):
     code = train.main(sam_arguments(scenes, tmp_path / "run", "optim.lrr=1", "batch.micro=none", "prompts.rounds=0"))
     said = capsys.readouterr().err
@@ -173,6 +233,20 @@ def test_a_finished_run_is_not_touched_by_a_start_with_another_network(scenes, s
     assert train.main(sam_arguments(scenes, run_dir, "model.size=vit_b")) == 2
     assert "model.size: 'vit_tiny' there, 'vit_b' now" in capsys.readouterr().err
     assert (run_dir / "config.yaml").read_text() == before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(scenes, mae_run, tmp_path, capsys):
+    """It would replace them, whatever its settings: what is left of them may be worth having."""
+    run_dir = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(mae_run), str(run_dir)], check=True)
+    (file,) = run_dir.glob("checkpoints/step_*/__0_0.distcp")
+    os.truncate(file, file.stat().st_size - 1)
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert train.main(mae_arguments(scenes, run_dir, "optim.lr=5e-3")) == 2
+    said = capsys.readouterr().err
+    assert f"none of the checkpoints in {run_dir}/checkpoints can be used (step_00000006)" in said
+    assert "move the directory away to begin anew" in said
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
 def test_another_seed_or_batch_is_not_the_same_run(scenes, sam_run, tmp_path, capsys):

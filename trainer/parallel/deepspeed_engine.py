@@ -334,8 +334,9 @@ def why_no_cpu_adam() -> str | None:
             return f"DeepSpeed compiles its CPU AdamW at first use, and there is no {tool}"
     try:
         CPUAdamBuilder().load(verbose=False)
-    except (RuntimeError, OSError, ImportError) as error:
-        return f"DeepSpeed's CPU AdamW did not compile ({str(error).splitlines()[0]})"
+    except (RuntimeError, OSError, ImportError, KeyError) as error:  # KeyError: it could not tell the processor
+        first_line = next(iter(str(error).splitlines()), "")
+        return f"DeepSpeed's CPU AdamW did not compile ({type(error).__name__}: {first_line})"
     return None
 
 

@@ -181,6 +181,18 @@ def test_offloading_says_what_it_does_without_a_compiler(
     assert "there is no c++; torch's AdamW steps on the CPU instead" in caplog.text
 
 
+def test_offloading_outlives_a_machine_that_does_not_know_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed asks a command for it; without the command the answer has no such entry."""
+    from trainer.parallel import deepspeed_engine
+
+    def load(builder: object, verbose: bool) -> None:
+        raise KeyError("arch")
+
+    monkeypatch.setattr(deepspeed_engine.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(deepspeed_engine.CPUAdamBuilder, "load", load)
+    assert "did not compile (KeyError: 'arch')" in str(deepspeed_engine.why_no_cpu_adam())
+
+
 @pytest.mark.slow
 def test_four_ranks(tmp_path: Path, alone: dict[str, Record]) -> None:
     """Two groups of two shards (HSDP), and every ZeRO stage, on twice as many ranks."""
