@@ -155,6 +155,7 @@ def run(config: Config, world: World, guard: Guard) -> bool:
                 phase = len(ends) - 1  # of which a signal has left the last evaluation undone
             outcome = run_phase(config, phase, ends, pipeline, newest, state, checkpointer, world, logger, guard)
             if outcome is Outcome.DONE:
+                check_end(checkpointer, config.phases[phase].name, ends[phase])
                 logger.say(f"phase {config.phases[phase].name} is complete at step {ends[phase]}")
                 if phase == len(ends) - 1:
                     logger.file(FINISHED, f"step {ends[phase]}")
@@ -163,6 +164,17 @@ def run(config: Config, world: World, guard: Guard) -> bool:
         guard.detach()
         logger.close()
     return False
+
+
+def check_end(checkpointer: Checkpointer, phase: str, end: int) -> None:
+    """Raises `GaveUp` if nothing can be made of what a phase ended with: going on would do it again, for ever."""
+    newest = checkpointer.newest()
+    if newest is None or read_run_state(newest).step < end:
+        raise GaveUp(
+            f"phase {phase} has reached step {end}, but the checkpoint there cannot be used (not finite or damaged, "
+            f"see above); the newest usable is {newest or 'the start'}. Look at the losses before it; a lower optim.lr or "
+            "optim.grad_clip may keep the weights finite"
+        )
 
 
 def is_finished(run_dir: Path, step: int, world: World) -> bool:

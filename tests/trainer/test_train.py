@@ -196,6 +196,14 @@ def wait_for_port(port: int) -> None:
     raise AssertionError(f"nobody listens on port {port}")
 
 
+def test_weights_that_are_not_finite_at_the_end_of_a_phase_end_the_run(scenes, tmp_path, capsys):
+    """Passed over when the next phase loads, they would have the phase trained again and again."""
+    settings = ["optim.lr=1e39", "schedule.warmup_steps=0", "schedule.kind=constant", "checkpoint.every_steps=1"]
+    phases = "phases=[{name: short, steps: 2}, {name: long, steps: 4}]"
+    assert train.main(mae_arguments(scenes, tmp_path, *settings, phases)) == 70
+    assert "phase short has reached step 2, but the checkpoint there cannot be used" in capsys.readouterr().err
+
+
 def test_all_config_problems_come_at_once_and_nothing_starts(scenes, tmp_path, capsys):
     code = train.main(sam_arguments(scenes, tmp_path / "run", "optim.lrr=1", "batch.micro=none", "prompts.rounds=0"))
     said = capsys.readouterr().err
