@@ -39,19 +39,31 @@ def alive() -> dict[int, int]:
 
 
 def held_by(stage: int, world: World) -> tuple[int, int]:
-    """(bytes of states, bytes of buckets) between backward and step, in a second step."""
+    """(bytes of states, bytes of buckets) in a second step: between backward and step or, under ZeRO-1, at the end of
+    the backward pass, until when whole gradients are there.
+    """
     before = alive()
     task = Wide()
+    sizes: list[int] = []
+
+    def look(*_: object) -> None:
+        found = [size for address, size in alive().items() if address not in before]
+        if sum(found) > sum(sizes):
+            sizes[:] = found
+
     group = ParamGroup(tuple(name for name, _ in task.named_parameters()), 1.0, 0.0)
     engine = build_engine(task, toy_config("deepspeed", "fp32", zero_stage=stage), [group], world)
     x = torch.zeros(1, WIDTH)
     for step in range(2):
+        if step == 1 and stage == 1:
+            for parameter in task.parameters():
+                parameter.register_post_accumulate_grad_hook(look)
         loss, _ = engine(x)
         engine.backward(loss, last=True)
         del loss
         if step == 0:
             engine.step()
-    sizes = [size for address, size in alive().items() if address not in before]
+    look()
     buckets = [size for size in sizes if size >= ZERO_BUCKET / 2]
     engine.step()
     engine.close()
