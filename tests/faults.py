@@ -338,6 +338,15 @@ def disk_full(lab: Lab, row: Row) -> None:
         subprocess.run(["umount", str(checkpoints)], check=False)
 
 
+def slow_disk(lab: Lab, row: Row) -> None:
+    """The last save takes longer than `guard.hang_minutes`, which is no hang."""
+    run = lab.new_run()
+    more = ["guard.hang_minutes=0.1", "checkpoint.every_steps=100"]
+    processes = lab.start(run, *more, patch=slowed(dcp, "save", run.with_suffix(".marker"), 12.0))
+    codes = processes.wait(SECONDS_TO_END)
+    row.count([] if codes == [0, 0] else [f"exit codes {codes}: {processes.output()[-1500:]}"])
+
+
 def fill(folder: Path) -> Path:
     """Write until there is no room; the file to delete for more."""
     filler = folder / "filler"
@@ -638,8 +647,8 @@ FAULTS: dict[str, Callable[[Lab, Row], None]] = {
     function.__name__: function
     for function in (
         signal_training, signal_saving, signal_evaluating, signal_starting, kill_one, kill_all, damaged_files,
-        disk_full, run_dir_full, run_dir_gone, not_finite, not_finite_in_fp16, not_finite_at_the_end, roll_back,
-        roll_back_then_stop, gives_up, loss_spike, hang, slow, out_of_memory,
+        disk_full, slow_disk, run_dir_full, run_dir_gone, not_finite, not_finite_in_fp16, not_finite_at_the_end,
+        roll_back, roll_back_then_stop, gives_up, loss_spike, hang, slow, out_of_memory,
     )
 }  # fmt: skip
 

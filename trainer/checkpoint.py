@@ -24,7 +24,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -61,7 +61,9 @@ log = logging.getLogger(__name__)
 # Said at every save and load of a run on one process, where it is what we ask for.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-_GROUP_TIMEOUT = timedelta(minutes=60)  # of the thread's agreements: a slow disk on one rank is no reason to give up
+# Of the thread's agreements, and of what `wait` calls alive: a slow disk on one rank is no reason to give up.
+_PATIENCE = timedelta(minutes=60)
+_TICK_SECONDS = 1.0
 
 
 class SaveError(OSError):
@@ -90,12 +92,14 @@ class Checkpointer:
         self.num_failed = 0  # saves of this process that did not get through
         self.stall_seconds = 0.0  # what the last save cost training
         self.hold: int | None = None  # the newest good checkpoint of at most this step stays: a rollback goes there
+        self.still_saving: Callable[[], None] = lambda: None  # called now and again while training waits for a save
+        self._started = 0.0  # when the last save began, monotonic seconds
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # of the last save, once its thread has ended
         self._damaged: set[Path] = set()  # known from reading, so that they are not read again
         # The thread agrees with the other ranks' threads while training agrees on its own group.
         several = world.size > 1
-        self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT) if several else None
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if several else None
 
     def save(self, engine: Engine, run_state: RunState) -> Path:
         """Write, publish, prune, and return when all is done. A checkpoint of the same step is replaced.
@@ -123,9 +127,16 @@ class Checkpointer:
         return True
 
     def wait(self) -> str | None:
-        """Wait until no save is running. Returns what went wrong with the last one, if it did."""
+        """Wait until no save is running. Returns what went wrong with the last one, if it did.
+
+        While a save takes no longer than an hour, `still_saving` is called: a slow disk looks like a dead one, but what
+        waits for a dead one must end at some time.
+        """
         if self._thread is not None:
-            self._thread.join()
+            while self._thread.is_alive():
+                if time.monotonic() - self._started < _PATIENCE.total_seconds():
+                    self.still_saving()
+                self._thread.join(_TICK_SECONDS)
             self._thread = None
         return self._problem
 
@@ -220,6 +231,7 @@ class Checkpointer:
         started = time.perf_counter()
         staged = stage(engine.state_items(), self.world)
         self.stall_seconds = time.perf_counter() - started
+        self._started = time.monotonic()
         self._problem = "it was not finished"
         self._thread = threading.Thread(
             target=self._write, args=(staged, run_state), name=f"save {run_state.step}", daemon=True

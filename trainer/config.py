@@ -250,6 +250,9 @@ class Engine(Section):
     @model_validator(mode="after")
     def _possible(self) -> "Engine":
         problems = []
+        # The default's value passes anywhere: RUN/config.yaml writes every setting, whether it was given or not.
+        if self.kind != "deepspeed" and self.zero_stage != type(self).model_fields["zero_stage"].default:
+            problems.append(f"zero_stage={self.zero_stage} belongs to kind=deepspeed, kind is {self.kind}")
         if self.shard_group_size and self.kind != "hsdp":
             problems.append(f"shard_group_size belongs to kind=hsdp, kind is {self.kind}")
         if self.offload_optimizer and (self.kind != "deepspeed" or self.zero_stage == 0):

@@ -131,6 +131,11 @@ class Guard:
         if self._watchdog:
             self._watchdog.at(part, step)
 
+    def alive(self) -> None:
+        """For the watchdog: the loop waits for something that is slow and goes on."""
+        if self._watchdog:
+            self._watchdog.alive()
+
     def note_step(self, step: int, loss: Tensor, grad_norm: Tensor, keys: list[str]) -> None:
         """A step was made: this rank's loss and the global gradient norm, both 0-dim on the device, and its samples."""
         values = torch.stack([loss.detach().float().reshape(()), grad_norm.detach().float().reshape(())])

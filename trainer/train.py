@@ -138,6 +138,7 @@ def run(config: Config, world: World, guard: Guard) -> bool:
     announce(config, pipeline, ends, world, logger)
     fp16 = config.engine.precision in ("fp16", "deepspeed_fp16")
     guard.attach(config.guard, world, config.run_dir, config.engine.loss_scale_growth_steps if fp16 else None)
+    checkpointer.still_saving = guard.alive
     outcome = Outcome.DONE
     try:
         while outcome is not Outcome.STOPPED:

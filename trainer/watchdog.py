@@ -36,7 +36,7 @@ class Watchdog:
         self.hang_seconds = None if hang_minutes is None else 60 * hang_minutes
         self._interval = min(5.0, (self.hang_seconds or 300.0) / 10)  # seconds
         self._place = (0, 0, "start")  # number of calls, step, part
-        self._entered = time.monotonic()
+        self._entered = self._last_sign = time.monotonic()
         self._seconds: dict[str, float] = defaultdict(float)
         self._num_steps = 0
         self._stopped = threading.Event()
@@ -57,7 +57,11 @@ class Watchdog:
         count, last_step, last_part = self._place
         self._seconds[last_part] += now - self._entered
         self._num_steps += step != last_step
-        self._place, self._entered = (count + 1, step, part), now
+        self._place, self._entered, self._last_sign = (count + 1, step, part), now, now
+
+    def alive(self) -> None:
+        """This rank waits where it is, and for good reason."""
+        self._last_sign = time.monotonic()
 
     def name_slow_ranks(self, factor: float) -> None:
         """Rank 0 says whose own work took longer than `factor` times the median since the last call. All ranks call."""
@@ -77,7 +81,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
             self._write()
-            waited = time.monotonic() - self._entered
+            waited = time.monotonic() - self._last_sign
             if self.hang_seconds and waited > self.hang_seconds:
                 self._end(waited)
 

@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import threading
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -178,6 +180,28 @@ def test_training_goes_on_while_a_save_is_written(
     assert checkpointer.save_in_background(engine, state_at(4))
     checkpointer.save(engine, state_at(5))  # waits for the one under way
     assert names(checkpointer) == ["LATEST", "step_00000004", "step_00000005"]
+
+
+def test_a_slow_save_shows_that_it_is_alive_but_not_for_ever(
+    engine: Engine, checkpointer: Checkpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watchdog must neither end a run for a slow disk nor wait for a dead one for good."""
+    may_go_on, ticks = threading.Event(), []
+    write = checkpoint.dcp.save
+    monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **k: may_go_on.wait(60) and write(*a, **k))
+    monkeypatch.setattr(checkpoint, "_TICK_SECONDS", 0.01)
+    monkeypatch.setattr(checkpoint, "_PATIENCE", timedelta(seconds=0.5))
+
+    def still_saving() -> None:
+        ticks.append(time.monotonic())
+        threading.Timer(1.0, may_go_on.set).start() if len(ticks) == 1 else None
+
+    checkpointer.still_saving = still_saving
+    started = time.monotonic()
+    checkpointer.save(engine, state_at(2))
+    assert len(ticks) > 3
+    assert time.monotonic() - started >= 1.0
+    assert ticks[-1] - started < 0.9  # silent for the rest
 
 
 def test_a_failed_save_is_said_and_training_goes_on(

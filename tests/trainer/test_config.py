@@ -110,6 +110,8 @@ def test_wrong_type_or_range(good, override, place):
         (["phases.1.frozen=[mask_decoder]"], "phase joint freezes mask_decoder, which freeze_encoder trained"),
         (["phases.0.epochs=1"], "phases.0: give exactly one of steps and epochs"),
         (["engine.shard_group_size=2"], "shard_group_size belongs to kind=hsdp, kind is ddp"),
+        (["engine.zero_stage=3"], "zero_stage=3 belongs to kind=deepspeed, kind is ddp"),
+        (["engine.kind=fsdp2", "engine.zero_stage=0"], "zero_stage=0 belongs to kind=deepspeed, kind is fsdp2"),
         (["engine.offload_optimizer=true"], "offload_optimizer needs kind=deepspeed and zero_stage 1, 2 or 3"),
         (["engine.kind=deepspeed", "engine.zero_stage=0", "engine.offload_optimizer=true"], "offload_optimizer needs"),
         (["engine.precision=deepspeed_fp16"], "precision=deepspeed_fp16 needs kind=deepspeed and zero_stage 1, 2 or 3"),
