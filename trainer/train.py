@@ -173,8 +173,8 @@ def check_end(checkpointer: Checkpointer, phase: str, end: int) -> None:
     if newest is None or read_run_state(newest).step < end:
         raise GaveUp(
             f"phase {phase} has reached step {end}, but the checkpoint there cannot be used (not finite or damaged, "
-            f"see above); the newest usable is {newest or 'the start'}. Look at the losses before it; a lower optim.lr or "
-            "optim.grad_clip may keep the weights finite"
+            f"see above); the newest usable is {newest or 'the start'}. Look at the losses before it; a lower optim.lr "
+            "or optim.grad_clip may keep the weights finite"
         )
 
 
