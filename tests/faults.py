@@ -34,6 +34,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import check_files, step_directories
 from trainer.distributed import single_process
 from trainer.mae_task import MaeTask
+from trainer.parallel.torch_engine import TorchEngine
 
 GLOBAL_SIZE = 4
 SECONDS_TO_END = 120.0  # for a healthy end, on a machine with much else to do
@@ -620,6 +621,28 @@ def slow(lab: Lab, row: Row) -> None:
     row.count(problems + later, again)
 
 
+def slow_backward(lab: Lab, row: Row) -> None:
+    """It shows where ranks do not wait for each other: in the micro-batches before the last, of replicas."""
+    run = lab.new_run()
+
+    def patch(rank: int) -> None:
+        backward = TorchEngine.backward
+
+        def late(engine, loss, last):
+            time.sleep(0.3 if rank == 1 else 0.0)
+            backward(engine, loss, last)
+
+        TorchEngine.backward = late
+
+    more = ["batch.micro=1", "phases=[{name: pretrain, steps: 12}]", "log.every_steps=6"]
+    processes = lab.start(run, *more, patch=patch)
+    codes = processes.wait(SECONDS_TO_END)
+    problems = [] if codes == [0, 0] else [f"exit codes {codes}: {processes.output()[-1500:]}"]
+    named = re.search(r"rank 1 on \S+ is slow: .*accumulate 0.[3-9]", processes.output())
+    problems += [] if named else [f"it is not named: {processes.output()[-1500:]}"]
+    row.count(problems)
+
+
 def out_of_memory(lab: Lab, row: Row) -> None:
     """As the allocator would say it: a CPU has no limit to run into."""
     run = lab.new_run()
@@ -648,7 +671,7 @@ FAULTS: dict[str, Callable[[Lab, Row], None]] = {
     for function in (
         signal_training, signal_saving, signal_evaluating, signal_starting, kill_one, kill_all, damaged_files,
         disk_full, slow_disk, run_dir_full, run_dir_gone, not_finite, not_finite_in_fp16, not_finite_at_the_end,
-        roll_back, roll_back_then_stop, gives_up, loss_spike, hang, slow, out_of_memory,
+        roll_back, roll_back_then_stop, gives_up, loss_spike, hang, slow, slow_backward, out_of_memory,
     )
 }  # fmt: skip
 

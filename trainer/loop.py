@@ -83,8 +83,9 @@ def train(
             with meter.timed("transfer"):
                 on_device = batch.counted(num_images, num_masks).to(world.device)
             loss, metrics = engine(on_device)
-            guard.at("backward", step)
-            engine.backward(loss, last=number + 1 == plan.num_micro)
+            last = number + 1 == plan.num_micro
+            guard.at("backward" if last else "accumulate", step)
+            engine.backward(loss, last)
             losses.append(loss.detach())
             meter.add(metrics)
         guard.at("optimizer", step)

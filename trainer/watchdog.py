@@ -22,7 +22,9 @@ from trainer.run_files import Forgiving
 log = logging.getLogger(__name__)
 
 EXIT_HUNG = 76  # EX_PROTOCOL of sysexits.h: another rank did not do its part
-OWN_WORK = ("load", "forward")  # parts in which a rank does not wait for others (sharded forward passes do, a little)
+# Parts in which a rank does not wait for others; sharded passes do, and there all take equally long. The backward pass
+# of the last micro-batch is none of them: ranks reduce in it, and the host cannot tell its own time from the others'.
+OWN_WORK = ("load", "forward", "accumulate")
 # Fault-free ranks differ by so much, whatever the factor; seconds a step.
 MIN_EXCESS_SECONDS = 0.05
 MIN_STEPS = 5  # of which the mean is taken: a single step says little on a busy machine
