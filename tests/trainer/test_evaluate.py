@@ -1,9 +1,11 @@
 """Scores against plain numpy, every mask counted once, the command line as a user runs it."""
 
 import json
+import math
 import os
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from PIL import Image
 from data_tools import rle
 from model.build import build_sam
 from model.prompt_encoder import Prompts
+from model.sam import Sam, SamOutput
 from tests.launch_ranks import launch_ranks
 from tests.trainer.tiny import sam_arguments
 from trainer import evaluate, export, train
@@ -41,6 +44,27 @@ def test_clicks_are_the_deepest_pixels_of_the_larger_error():
     assert center_click(truth, truth) == (5.0, 4.0, 1), "a perfect answer gets another click inside"
     border = np.ones((5, 9), bool)
     assert deepest(border)[1][1] == 2.0, "the image's border counts as outside"
+
+
+def test_the_deepest_pixel_is_the_same_every_time():
+    """Shapes that are there three times, so equally deep: OpenCV's distances differ in their last digits by call."""
+    rng = np.random.default_rng(0)
+    ys, xs = np.indices((40, 120))
+    kept = []  # so that OpenCV's results lie at other addresses, which is what its last digits depend on
+    for _ in range(10):
+        region = np.zeros((40, 120), bool)
+        for x, y, radius in rng.uniform(8, 32, (3, 3)).round():
+            for shift in (0, 41, 79):
+                region |= (xs - x - shift) ** 2 + (ys - y) ** 2 <= (radius / 2) ** 2
+        padded = np.pad(region, 1)
+        inside, outside = np.argwhere(padded), np.argwhere(~padded)
+        squared = ((inside[:, None] - outside) ** 2).sum(axis=-1).min(axis=1)  # whole numbers
+        y, x = inside[squared.argmax()] - 1
+        for _ in range(50):
+            kept.append(np.empty(16 * rng.integers(1, 4000), np.uint8))
+            depth, at = deepest(region.copy())
+            assert at == (x, y)
+            assert depth == math.sqrt(squared.max())
 
 
 def test_upsampling_goes_through_the_input_and_drops_the_padding():
@@ -108,6 +132,35 @@ def test_the_scores_are_the_same_on_any_number_of_processes(run_dir, tmp_path, n
     assert evaluate.main([str(run_dir), "--out", str(outs[0])]) == 0
     launch_ranks("trainer.evaluate", [str(run_dir), "--out", str(outs[1])], num_ranks=num_ranks)
     assert json.loads(outs[0].read_text()) == json.loads(outs[1].read_text())
+
+
+def test_a_network_that_heeds_its_prompt_gets_the_same_scores_again(run_dir, monkeypatch):
+    """The run's network of two steps answers nearly the same to any click; this one with a disk around each."""
+    rng = np.random.default_rng(0)
+    exact = cv2.distanceTransform
+
+    def rounded_otherwise(region, kind, size):
+        distance = exact(region, kind, size)
+        if kind != cv2.DIST_L2:
+            return distance
+        return distance * rng.uniform(1 - 2e-7, 1 + 2e-7, distance.shape).astype(np.float32)
+
+    def disks(sam, embeddings, prompts):
+        at = torch.stack(torch.meshgrid(torch.arange(16), torch.arange(16), indexing="xy"), dim=-1) * 4 + 1.5
+        distance = (at - prompts.point_coords[:, :, :, None, None]).norm(dim=-1)
+        shown = (prompts.point_labels == 1)[..., None, None]
+        logits = torch.where(shown, 4 - distance, -1e4).amax(dim=2)[:, :, None].expand(-1, -1, 4, -1, -1)
+        return SamOutput(logits, torch.full(logits.shape[:3], 0.5))
+
+    config = load_config(run_dir / "config.yaml")
+    reader, rows = evaluation_rows(config)
+    engine = evaluate._PlainEngine(build_sam_task(config, (), False))
+    monkeypatch.setattr(Sam, "decode_masks", disks)
+    once = evaluate.evaluate(engine, reader, rows, config, single_process())
+    assert once["click_1"] < once["click_3"] < once["click_5"]
+    monkeypatch.setattr(cv2, "distanceTransform", rounded_otherwise)
+    for _ in range(3):
+        assert evaluate.evaluate(engine, reader, rows, config, single_process()) == once
 
 
 def test_an_evaluation_leaves_when_it_is_told_to(run_dir):
