@@ -72,7 +72,7 @@ def train(
         guard.at("agree", step)
         with meter.timed("wait"):
             num_images, num_masks, num_bad, verdict = agree(micro_batches, guard, world)
-        plan.bad_samples.count(num_bad, micro_batches)
+        plan.bad_samples.count(num_bad, num_images, micro_batches)
         if verdict is Outcome.ROLL_BACK:
             return verdict
 
@@ -193,6 +193,9 @@ def keys_of(micro_batches: list[Batch]) -> list[str]:
     ]
 
 
+EMPTY_STEPS = 20  # in a row, whose samples are whole and have no mask to train on
+
+
 class BadSamples:
     """Stops the run when too many samples train nothing: then the data is wrong, not a sample."""
 
@@ -200,10 +203,17 @@ class BadSamples:
         self.budget, self.shards = budget, shards
         self.num_bad = 0  # over all ranks, since this process started
         self.last: deque[str] = deque(maxlen=3)  # of this rank
+        self.num_empty = 0
 
-    def count(self, num_bad: int, micro_batches: list[Batch]) -> None:
-        """Add a step's. Past the budget raises `ValueError`, on all ranks at the same step."""
+    def count(self, num_bad: int, num_images: float, micro_batches: list[Batch]) -> None:
+        """Add a step's, and whether any image trains. Past a budget raises `ValueError`, on all ranks at once."""
         self.num_bad += num_bad
+        self.num_empty = 0 if num_images else self.num_empty + 1
+        if self.num_empty == EMPTY_STEPS:
+            raise ValueError(
+                f"{EMPTY_STEPS} steps in a row had nothing to train on: no mask of their images is left. Look at "
+                "data.max_mask_area, loss.resolution (thin masks cover no pixel of it) and data.scale_jitter"
+            )
         for batch in micro_batches:
             self.last.extend(new_problems(batch))
         if self.num_bad > self.budget:

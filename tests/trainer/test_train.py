@@ -204,6 +204,12 @@ def test_weights_that_are_not_finite_at_the_end_of_a_phase_end_the_run(scenes, t
     assert "phase short has reached step 2, but the checkpoint there cannot be used" in capsys.readouterr().err
 
 
+def test_a_run_that_trains_nothing_says_so(scenes, tmp_path, capsys):
+    nothing = ["data.max_mask_area=1e-9", "phases=[{name: all, steps: 30}]"]
+    assert train.main(sam_arguments(scenes, tmp_path, *nothing)) == 2
+    assert "20 steps in a row had nothing to train on" in capsys.readouterr().err
+
+
 def test_all_config_problems_come_at_once_and_nothing_starts(scenes, tmp_path, capsys):
     code = train.main(sam_arguments(scenes, tmp_path / "run", "optim.lrr=1", "batch.micro=none", "prompts.rounds=0"))
     said = capsys.readouterr().err

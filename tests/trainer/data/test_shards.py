@@ -194,12 +194,12 @@ def test_all_ranks_count_and_what_is_quarantined_does_not(monkeypatch):
     batches = [Broken("a: torn", "b: quarantined: torn"), Broken("c: torn")]
     assert agree(batches, Guard(), single_process("cpu")) == (4.0, 8.0, 4, None)
     budget = BadSamples(8, "DIR")
-    budget.count(4, batches)
-    budget.count(4, batches)
+    budget.count(4, 1.0, batches)
+    budget.count(4, 1.0, batches)
     with pytest.raises(
         ValueError, match=r"9 samples could not .*data.max_bad_samples is 8.*rank: c: torn; a: torn; c: torn"
     ):
-        budget.count(1, [])
+        budget.count(1, 1.0, [])
 
 
 @pytest.mark.parametrize("arguments", [sam_arguments, mae_arguments])
