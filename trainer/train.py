@@ -122,6 +122,7 @@ def run(config: Config, world: World, guard: Guard) -> bool:
     """
     pipeline = build_pipeline(config)
     ends = phase_ends(config.phases, pipeline.order.num_samples, config.batch.global_size)
+    check_profile(config, ends[-1])
     checkpoint = config.checkpoint
     keep_every_steps = checkpoint.keep_every and checkpoint.keep_every * save_interval(config, pipeline)
     checkpointer = Checkpointer(config.run_dir / "checkpoints", checkpoint.keep_last, world, keep_every_steps)
@@ -195,17 +196,28 @@ def run_phase(
     sample_log = None
     if config.log.sample_keys:
         sample_log = (config.run_dir / f"samples_rank{world.rank}.jsonl").open("a")
+    tracer = Tracer(config.profile.steps, config.run_dir, world)
     try:
         evaluate = build_evaluation(config, pipeline, world, logger, guard)
-        tracer = Tracer(config.profile.steps, config.run_dir, world)
         diagnose = build_diagnosis(config, world, logger)
         return train(engine, batches, plan, world, checkpointer, logger, guard, evaluate, diagnose, tracer, sample_log)
     finally:
         checkpointer.wait()
+        if table := tracer.close():  # its window was cut short
+            logger.text(f"profile/step_{tracer.last}", table)
         batches.close()
         engine.close()
         if sample_log:
             sample_log.close()
+
+
+def check_profile(config: Config, num_steps: int) -> None:
+    """Raises `ValueError` for a trace of steps that the run will not make."""
+    if config.profile.steps and config.profile.steps[1] > num_steps:
+        first, last = config.profile.steps
+        raise ValueError(
+            f"profile.steps: [{first},{last}] goes past the run's last step, {num_steps}: name earlier ones"
+        )
 
 
 def check_embeddings(store: EmbeddingStore, engine: Engine, world: World) -> None:
