@@ -40,6 +40,7 @@ from trainer.guard import (
     Guard,
     Outcome,
 )
+from trainer.history import note_start
 from trainer.loop import BadSamples, Plan, train
 from trainer.metrics import Logger
 from trainer.optim import (
@@ -144,6 +145,8 @@ def run(config: Config, world: World, guard: Guard) -> bool:
             phase = next((number for number, end in enumerate(ends) if state.step < end), None)
             if phase is None:
                 return True
+            if world.is_main:
+                note_start(config.run_dir, state, recipe(config, pipeline), config.model_dump(mode="json"))
             outcome = run_phase(config, phase, ends, pipeline, newest, state, checkpointer, world, logger, guard)
             if outcome is Outcome.DONE:
                 logger.say(f"phase {config.phases[phase].name} is complete at step {ends[phase]}")
