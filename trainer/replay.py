@@ -2,10 +2,10 @@
 
     python -m trainer.replay runs/sam_vith --step 1234 --out step_1234
 
-Everything of a sample follows from settings, position and data (docs/decisions/0001, 0002), so no sample was recorded and
-no checkpoint is read. Settings and position are those of the step, also where they changed since (`RUN/starts.jsonl`,
-trainer/history.py). `--step N` is the step that brought the count to N, as logs and TensorBoard number it. Clicks of
-later rounds depend on the network's answers and are not shown.
+Everything of a sample follows from settings, position and data (docs/decisions/0001, 0002), so no sample was recorded
+and no checkpoint is read. Settings and position are those of the step, also where they changed since
+(`RUN/starts.jsonl`, trainer/history.py). `--step N` is the step that brought the count to N, as logs and TensorBoard
+number it. Clicks of later rounds depend on the network's answers and are not shown.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from trainer.checkpoint import RunState
 from trainer.config import Config, ConfigError, MaeConfig, load_config
 from trainer.data.batches import Batch, MaeBatch, SamBatch
 from trainer.history import start_of
+from trainer.optim import phase_ends
 from trainer.pictures import grid, sample_row
 from trainer.stages import Pipeline, build_pipeline
 from trainer.train import NOT_RECIPE, recipe
@@ -38,12 +39,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num-images", type=int, default=16, help="first images of the step only (default 16)")
     options = parser.parse_args(arguments)
     try:
-        if options.step < 1:
-            raise ValueError(f"--step counts from 1, is {options.step}")
+        for name, value in (("--step", options.step), ("--num-images", options.num_images)):
+            if value < 1:
+                raise ValueError(f"{name} counts from 1, is {value}")
         now = load_config(options.run / "config.yaml", check_paths=False)
         start = start_of(options.run, options.step)
         config = settings_then(now, start)
         pipeline = open_pipeline(config, start, options.step)
+        last = phase_ends(config.phases, pipeline.order.num_samples, config.batch.global_size)[-1]
+        if options.step > last:
+            raise ValueError(f"--step {options.step} lies after the run's last step, {last}")
         positions = positions_of(config, start, options.step)[: options.num_images]
         samples = [pipeline.dataset[[position]] for position in positions]
     except ConfigError as error:

@@ -90,4 +90,17 @@ def test_other_data_are_refused(run_dir, tmp_path, scenes, capsys):
     (other / "config.yaml").write_text(config.replace(str(scenes["train"]), str(scenes["eval"])))
     assert replay.main([str(other), "--step", "1"]) == 2
     assert "another recipe" in capsys.readouterr().err
-    assert replay.main([str(run_dir), "--step", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--step", "0"], "--step counts from 1, is 0"),
+        (["--step", "4"], "--step 4 lies after the run's last step, 3"),
+        (["--step", "1", "--num-images", "0"], "--num-images counts from 1, is 0"),
+        (["--step", "1", "--num-images", "-1"], "--num-images counts from 1, is -1"),
+    ],
+)
+def test_what_the_run_does_not_have_is_refused(run_dir, capsys, arguments, said):
+    assert replay.main([str(run_dir), *arguments]) == 2
+    assert said in capsys.readouterr().err
