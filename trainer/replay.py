@@ -2,12 +2,14 @@
 
     python -m trainer.replay runs/sam_vith --step 1234 --out step_1234
 
-Everything of a sample follows from seed, position and data (docs/decisions/0001, 0002), so nothing was recorded and no
-checkpoint is read. `--step N` is the step that brought the count to N, as logs and TensorBoard number it. Clicks of
-later rounds depend on the network's answers and are not shown.
+Everything of a sample follows from settings, position and data (docs/decisions/0001, 0002), so no sample was recorded
+and no checkpoint is read. Settings and position are those of the step, also where they changed since
+(`RUN/starts.jsonl`, trainer/history.py). `--step N` is the step that brought the count to N, as logs and TensorBoard
+number it. Clicks of later rounds depend on the network's answers and are not shown.
 """
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -17,13 +19,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainer.checkpoint import Checkpointer, read_run_state
+from trainer.checkpoint import RunState
 from trainer.config import Config, ConfigError, MaeConfig, load_config
 from trainer.data.batches import Batch, MaeBatch, SamBatch
-from trainer.distributed import single_process
+from trainer.history import start_of
+from trainer.optim import phase_ends
 from trainer.pictures import grid, sample_row
 from trainer.stages import Pipeline, build_pipeline
-from trainer.train import check_recipe, recipe
+from trainer.train import NOT_RECIPE, recipe
 
 MASKS_SHOWN = 6  # of an image
 
@@ -36,9 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num-images", type=int, default=16, help="first images of the step only (default 16)")
     options = parser.parse_args(arguments)
     try:
-        config = load_config(options.run / "config.yaml", check_paths=False)
-        pipeline = open_pipeline(config)
-        positions = positions_of(config, options.step)[: options.num_images]
+        for name, value in (("--step", options.step), ("--num-images", options.num_images)):
+            if value < 1:
+                raise ValueError(f"{name} counts from 1, is {value}")
+        now = load_config(options.run / "config.yaml", check_paths=False)
+        start = start_of(options.run, options.step)
+        config = settings_then(now, start)
+        pipeline = open_pipeline(config, start, options.step)
+        last = phase_ends(config.phases, pipeline.order.num_samples, config.batch.global_size)[-1]
+        if options.step > last:
+            raise ValueError(f"--step {options.step} lies after the run's last step, {last}")
+        positions = positions_of(config, start, options.step)[: options.num_images]
         samples = [pipeline.dataset[[position]] for position in positions]
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -59,19 +70,35 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def positions_of(config: Config, step: int) -> list[int]:
+def positions_of(config: Config, start: RunState, step: int) -> list[int]:
     """Places in the run of the global batch of a step, as `StepSampler` deals them to the ranks together."""
-    if step < 1:
-        raise ValueError(f"--step counts from 1, is {step}")
-    return list(range((step - 1) * config.batch.global_size, step * config.batch.global_size))
+    first = start.samples_seen + (step - 1 - start.step) * config.batch.global_size
+    return list(range(first, first + config.batch.global_size))
 
 
-def open_pipeline(config: Config) -> Pipeline:
-    """The run's data. Raises `ValueError` if they are not what its newest checkpoint was trained on."""
+def settings_then(now: Config, start: RunState) -> Config:
+    """The recipe that the run recorded, with today's settings of all that is none: the data may have moved."""
+    tree, today = copy.deepcopy(start.config), now.model_dump(mode="json")
+    for key in NOT_RECIPE:
+        *sections, name = key.split(".")
+        place, source = tree, today
+        for section in sections:
+            place, source = place[section], source[section]
+        if name in source:
+            place[name] = source[name]
+    return type(now).model_validate(tree)
+
+
+def open_pipeline(config: Config, start: RunState, step: int) -> Pipeline:
+    """The run's data. Raises `ValueError` if they are not what the step was trained on."""
     pipeline = build_pipeline(config)
-    newest = Checkpointer(config.run_dir / "checkpoints", config.checkpoint.keep_last, single_process()).newest()
-    if newest:
-        check_recipe(read_run_state(newest).recipe, recipe(config, pipeline), config.resume.allow_change, newest)
+    found = recipe(config, pipeline)
+    if wrong := sorted(key for key in found.keys() | start.recipe.keys() if found.get(key) != start.recipe.get(key)):
+        texts = [f"{key}: {start.recipe.get(key)!r} then, {found.get(key)!r} now" for key in wrong]
+        raise ValueError(
+            f"step {step} was trained with another recipe; set data.shards in the run's config.yaml to the data it was "
+            f"trained on. {'; '.join(texts)}"
+        )
     return pipeline
 
 

@@ -41,6 +41,7 @@ from trainer.guard import (
     Outcome,
     signals_end_the_process,
 )
+from trainer.history import STARTS, note_start
 from trainer.loop import BadSamples, Plan, train
 from trainer.metrics import Logger
 from trainer.optim import (
@@ -127,6 +128,7 @@ def run(config: Config, world: World, guard: Guard) -> bool:
     """
     pipeline = build_pipeline(config)
     ends = phase_ends(config.phases, pipeline.order.num_samples, config.batch.global_size)
+    check_profile(config, ends[-1])
     checkpoint = config.checkpoint
     keep_every_steps = checkpoint.keep_every and checkpoint.keep_every * save_interval(config, pipeline)
     checkpointer = Checkpointer(config.run_dir / "checkpoints", checkpoint.keep_last, world, keep_every_steps)
@@ -154,6 +156,9 @@ def run(config: Config, world: World, guard: Guard) -> bool:
                 return True
             if phase is None:
                 phase = len(ends) - 1  # of which a signal has left the last evaluation undone
+            if world.is_main:
+                with Forgiving(str(config.run_dir / STARTS)):
+                    note_start(config.run_dir, state, recipe(config, pipeline), config.model_dump(mode="json"))
             outcome = run_phase(config, phase, ends, pipeline, newest, state, checkpointer, world, logger, guard)
             if outcome is Outcome.DONE:
                 check_end(checkpointer, config.phases[phase].name, ends[phase])
@@ -227,15 +232,26 @@ def run_phase(
     sample_log = None
     if config.log.sample_keys:
         sample_log = LineFile(config.run_dir / f"samples_rank{world.rank}.jsonl")
+    tracer = Tracer(config.profile.steps, config.run_dir, world)
     try:
         evaluate = build_evaluation(config, pipeline, world, logger, guard)
-        tracer = Tracer(config.profile.steps, config.run_dir, world)
         diagnose = build_diagnosis(config, world, logger)
         return train(engine, batches, plan, world, checkpointer, logger, guard, evaluate, diagnose, tracer, sample_log)
     finally:
         checkpointer.wait()
+        if table := tracer.close():  # its window was cut short
+            logger.text(f"profile/step_{tracer.last}", table)
         batches.close()
         engine.close()
+
+
+def check_profile(config: Config, num_steps: int) -> None:
+    """Raises `ValueError` for a trace of steps that the run will not make."""
+    if config.profile.steps and config.profile.steps[1] > num_steps:
+        first, last = config.profile.steps
+        raise ValueError(
+            f"profile.steps: [{first},{last}] goes past the run's last step, {num_steps}: name earlier ones"
+        )
 
 
 def check_embeddings(store: EmbeddingStore, engine: Engine, world: World) -> None:

@@ -185,7 +185,9 @@ def test_a_bad_node_is_excluded_and_the_job_goes_elsewhere(cluster, packed):
 def test_a_run_that_gets_no_further_is_given_up(cluster, packed):
     """Each start dies at the same place: after the second without a new step, no third is made."""
     run = Run(cluster, packed, "nowhere")
-    (run.directory / "samples_rank0.jsonl").mkdir(parents=True)  # cannot be opened as a file
+    run.directory.mkdir(parents=True)
+    (run.directory / "checkpoints").touch()  # cannot be a directory: nothing is ever saved
+    run.set_steps(2)
     job = cluster.sbatch("launch/sam_vith.slurm", CONFIG=str(run.config), PREFLIGHT="0", MAX_STARTS_WITHOUT_STEP="2")
     deadline = time.monotonic() + 500
     while cluster.state(job) != "FAILED" and time.monotonic() < deadline:

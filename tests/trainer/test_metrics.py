@@ -15,8 +15,10 @@ from trainer import metrics, train
 from trainer.config import load_config
 from trainer.distributed import single_process
 from trainer.flops import flops_per_image
+from trainer.guard import Guard
 from trainer.metrics import Logger, Meter, console_line, throughput
 from trainer.stages import build_pipeline
+from trainer.tracing import Tracer
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,32 @@ def test_a_lost_run_directory_ends_nothing(tmp_path, caplog):
     accumulator = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     accumulator.Reload()
     assert [event.value for event in accumulator.Scalars("train/loss")] == [30.0, 31.0]
+
+
+def test_a_window_that_a_phase_or_a_stop_cuts_has_a_trace_of_each_part(scenes, tmp_path, monkeypatch):
+    """Phases of 2 and 4 steps, stopped after step 4: a profiler that ran on would crash the process at its end."""
+    arguments = sam_arguments(scenes, tmp_path / "run", "profile.steps=[2,5]")
+    config = load_config(Path(arguments[0]), arguments[1:])
+    guard = Guard()
+    after = Tracer.after
+
+    def stop_in_step_4(tracer: Tracer, step: int) -> str | None:
+        guard.stop_requested = step == 3
+        return after(tracer, step)
+
+    monkeypatch.setattr(Tracer, "after", stop_in_step_4)
+    assert not train.run(config, single_process(), guard), "not finished"
+    assert not torch.autograd.profiler._is_profiler_enabled
+    traces = tmp_path / "run" / "profile"
+    assert sorted(path.name for path in traces.iterdir()) == ["steps_2_to_2.json.gz", "steps_3_to_4.json.gz"]
+    assert train.main(arguments) == 0, "and goes on in the window"
+    assert (traces / "steps_5_to_5.json.gz").exists()
+
+
+def test_a_window_past_the_end_of_the_run_is_refused(scenes, tmp_path, capsys):
+    assert train.main(sam_arguments(scenes, tmp_path / "run", "profile.steps=[2,50]")) == 2
+    assert "profile.steps: [2,50] goes past the run's last step, 6" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_console_line_says_how_long_it_will_take():

@@ -1,6 +1,7 @@
 """A step replayed against what the run wrote down while it trained."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -55,12 +56,51 @@ def test_stage_one_shows_input_and_what_is_hidden(scenes, tmp_path):
     assert (image[:, 68:] == 127).all(axis=-1).mean() == pytest.approx(0.75, abs=0.01)
 
 
+def test_a_step_before_a_change_of_settings_is_shown_as_it_was(scenes, run_dir, tmp_path, capsys):
+    """Another batch size, flips and prompts from step 4 on; then step 5 once more, with yet another batch size."""
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    assert replay.main([str(run), "--step", "2", "--out", str(tmp_path / "before")]) == 0
+    for number, (steps, size) in enumerate(((5, 2), (6, 4))):
+        more = [f"phases=[{{name: all, steps: {steps}}}]", f"batch.global_size={size}", "data.horizontal_flip=0.9"]
+        more += ["prompts.num_points=[0, 0, 0, 1]", "resume.allow_change=[phases, batch, data, prompts]"]
+        if number:  # as after a rollback to step 4
+            shutil.rmtree(run / "checkpoints" / "step_00000005")
+        else:
+            more.append("checkpoint.every_steps=4")
+        assert train.main(sam_arguments(scenes, run, *more)) == 0
+    assert replay.main([str(run), "--step", "2", "--out", str(tmp_path / "after")]) == 0
+    assert replayed(tmp_path / "after") == replayed(tmp_path / "before")
+    trained = samples(run)
+    for step in (4, 5, 6):
+        assert replay.main([str(run), "--step", str(step), "--out", str(tmp_path / str(step))]) == 0
+        last_time = [(p, k) for s, p, k in trained if s == step - 1][-(2 if step == 4 else 4) :]
+        assert [(one["position"], one["key"]) for one in replayed(tmp_path / str(step))] == sorted(last_time)
+    (run / "starts.jsonl").unlink()
+    assert replay.main([str(run), "--step", "2"]) == 2
+    assert "starts.jsonl does not say what step 2 was trained with" in capsys.readouterr().err
+
+
 def test_other_data_are_refused(run_dir, tmp_path, scenes, capsys):
     """Replaying other shards than the run's would show samples that it never saw."""
     config = (run_dir / "config.yaml").read_text()
     other = tmp_path / "run"
     other.mkdir()
+    shutil.copy(run_dir / "starts.jsonl", other)
     (other / "config.yaml").write_text(config.replace(str(scenes["train"]), str(scenes["eval"])))
     assert replay.main([str(other), "--step", "1"]) == 2
     assert "another recipe" in capsys.readouterr().err
-    assert replay.main([str(run_dir), "--step", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--step", "0"], "--step counts from 1, is 0"),
+        (["--step", "4"], "--step 4 lies after the run's last step, 3"),
+        (["--step", "1", "--num-images", "0"], "--num-images counts from 1, is 0"),
+        (["--step", "1", "--num-images", "-1"], "--num-images counts from 1, is -1"),
+    ],
+)
+def test_what_the_run_does_not_have_is_refused(run_dir, capsys, arguments, said):
+    assert replay.main([str(run_dir), *arguments]) == 2
+    assert said in capsys.readouterr().err
