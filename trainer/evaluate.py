@@ -1,6 +1,7 @@
 """How good are the masks? During training on the hold-out, and as a command on any packed data set.
 
     python -m trainer.evaluate runs/sam_tiny                             # newest checkpoint, the run's own hold-out
+    python -m trainer.evaluate runs/sam_tiny/checkpoints/BEST            # another checkpoint
     python -m trainer.evaluate runs/sam_tiny --shards DIR --out scores.json --picture masks.png
     python -m trainer.evaluate runs/sam_tiny --untrained                 # the same network before its first step
     python -m trainer.evaluate sam_vit_h_4b8939.pth --shards DIR         # released weights
@@ -26,7 +27,7 @@ from PIL import Image
 
 from data_tools import rle
 from model.weights import sam_to_sam
-from trainer.checkpoint import Checkpointer, load_weights
+from trainer.checkpoint import load_weights
 from trainer.config import ConfigError, SamConfig, load_config
 from trainer.data.eval_data import (
     diagnostic_batch,
@@ -41,7 +42,6 @@ from trainer.distributed import (
     World,
     broadcast_object,
     gather_objects,
-    single_process,
     start_world,
     stop_world,
     sum_on_host,
@@ -52,7 +52,7 @@ from trainer.parallel.engine import Engine
 from trainer.pictures import answer_row, grid, round_rows
 from trainer.sam_task import SamTask
 from trainer.scores import SIZES, average_precision, calibration, match_image, size_of
-from trainer.stages import build_sam_task, read_weights, sam_size
+from trainer.stages import build_sam_task, checkpoint_of, pointed_at, read_weights, sam_size
 
 PICTURE_IMAGES = 4
 
@@ -238,7 +238,7 @@ class _PlainEngine:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run directory of stage 2, or a file of weights (.pth)")
+    parser.add_argument("run", type=Path, help="run directory of stage 2, one of its checkpoints, or a file (.pth)")
     parser.add_argument("--shards", help="packed data set, directory or URL; default: the run's own evaluation data")
     parser.add_argument("--num-images", type=int, help="first images only; default: all")
     parser.add_argument("--untrained", action="store_true", help="score the network before its first step")
@@ -281,22 +281,23 @@ def run(options: argparse.Namespace, world: World) -> int:
 
 
 def load_network(path: Path, overrides: list[str], untrained: bool) -> tuple[SamConfig, SamTask]:
-    """Settings and network of a run directory, or of a file of weights with the settings of an evaluation alone."""
+    """Settings and network of a run directory or one of its checkpoints, or of a file of weights with the settings of
+    an evaluation alone.
+    """
+    path = pointed_at(path)
     if path.is_file():
         weights = read_weights(path)
         config = config_for_weights(weights, overrides)
         task = build_sam_task(config, frozen=(), initial_weights=False)
         sam_to_sam(weights, task.sam, str(path))
         return config, task
-    loaded = load_config(path / "config.yaml", overrides, check_paths=False)
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    loaded = load_config(run / "config.yaml", overrides, check_paths=False)
     if not isinstance(loaded, SamConfig):
-        raise ValueError(f"{path} is a run of stage {loaded.stage}; evaluation needs stage sam")
+        raise ValueError(f"{run} is a run of stage {loaded.stage}; evaluation needs stage sam")
     task = build_sam_task(loaded, frozen=(), initial_weights=False)
     if not untrained:
-        checkpoint = Checkpointer(path / "checkpoints", loaded.checkpoint.keep_last, single_process()).newest()
-        if checkpoint is None:
-            raise ValueError(f"{path}/checkpoints holds no complete checkpoint")
-        task.load_state_dict(load_weights(checkpoint), strict=True)
+        task.load_state_dict(load_weights(checkpoint_of(path)), strict=True)
     return loaded, task
 
 

@@ -32,7 +32,7 @@ from trainer.distributed import single_process
 from trainer.interactive import chosen, upsample_logits
 from trainer.pictures import draw_full_size, overlay_many
 from trainer.prompts import BACKGROUND, FOREGROUND, NO_POINT
-from trainer.stages import read_weights, sam_size
+from trainer.stages import pointed_at, read_weights, sam_size
 
 Point = tuple[float, float, int]
 Box = tuple[float, float, float, float]
@@ -109,6 +109,7 @@ def load_sam(path: Path) -> tuple[Sam, bool, bool]:
     Size and resolution follow from the weights; the token from the run's settings, where there are any: it is the one
     that training gave such prompts to.
     """
+    path = pointed_at(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     weights = read_weights(path)

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 from model.build import SIZES, build_mae, build_sam, init_weights
 from model.weights import mae_to_sam, sam_from_huggingface, sam_to_sam
 from trainer.checkpoint import Checkpointer, load_weights
+from trainer.checkpoint_files import check_files
 from trainer.config import Config, SamConfig
 from trainer.data.embeddings import EmbeddingStore
 from trainer.data.mae_data import MaeDataset
@@ -28,6 +30,11 @@ from trainer.parallel.initial import check_filled, fill_with_nan
 from trainer.sam_task import SamTask
 
 Network = TypeVar("Network", bound=nn.Module)
+
+# What torch.load raises for files that are cut, empty, damaged, text or anything else: the file is read as a program.
+NOT_WEIGHTS = (
+    pickle.UnpicklingError, struct.error, EOFError, RuntimeError, LookupError, ValueError, TypeError, AssertionError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,13 +144,14 @@ def build_sam_task(
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Network weights from a run directory, one of its checkpoints, a file (`.pth`, `.safetensors`) or a directory of
-    transformers.
+    """Network weights from a run directory, one of its checkpoints (also by the file BEST or LATEST that names it), a
+    file (`.pth`, `.safetensors`) or a directory of transformers.
 
     Names are the network's own: the task's prefix is removed, transformers' names of a SAM become ours. Where a
     checkpoint holds averaged weights (optim.ema_decay) they are what is read. Raises `ValueError` if nothing is found,
     or if any value is not finite.
     """
+    path = pointed_at(path)
     if (path / "model.safetensors").is_file():  # a directory of transformers
         path = path / "model.safetensors"
     if path.is_file():
@@ -159,16 +167,25 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def pointed_at(path: Path) -> Path:
+    """The checkpoint that a run's file BEST or LATEST names; any other path as it is."""
+    if path.name not in ("BEST", "LATEST") or not path.is_file():
+        return path
+    return path.with_name(path.read_text(errors="replace").strip())
+
+
 def checkpoint_of(path: Path) -> Path:
-    """The newest checkpoint of a run directory; a checkpoint itself. Raises `ValueError` if it is neither."""
+    """The newest checkpoint of a run directory; a checkpoint itself. Raises `ValueError` if it is neither, or damaged."""
     checkpoints = path / "checkpoints"
-    if checkpoints.is_dir():
+    if checkpoints.is_dir() or (path / "config.yaml").is_file():
         newest = Checkpointer(checkpoints, 1, single_process()).newest()
         if newest is None:
             raise ValueError(f"{checkpoints} holds no complete checkpoint")
         return newest
     if not (path / "COMPLETE").is_file():
         raise ValueError(f"{path} is neither a run, a complete checkpoint nor a file of weights")
+    if problems := check_files(path, read=False):
+        raise ValueError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
     return path
 
 
@@ -186,8 +203,12 @@ def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"{path} is no whole file of safetensors: {error}") from error
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError) as error:  # other, empty, cut, text
-        raise ValueError(f"{path} is no whole file of weights that torch.save wrote: {error!r:.200}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except NOT_WEIGHTS as error:
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        reason = f": it holds objects of {found[1]}" if found else ""  # other texts are of the unpickler's insides
+        raise ValueError(f"{path} is no whole file of weights alone that torch.save wrote{reason}") from error
     weights = tree.get("model", tree.get("state_dict", tree)) if isinstance(tree, dict) else tree
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(f"{path} holds no tensors by name, neither at the top nor under 'model' or 'state_dict'")

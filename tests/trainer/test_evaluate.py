@@ -17,7 +17,7 @@ from model.prompt_encoder import Prompts
 from model.sam import Sam, SamOutput
 from tests.launch_ranks import launch_ranks
 from tests.trainer.tiny import sam_arguments
-from trainer import evaluate, export, train
+from trainer import evaluate, export, predict, train
 from trainer.config import load_config
 from trainer.data.eval_data import evaluation_batch, evaluation_batches, evaluation_rows
 from trainer.distributed import single_process
@@ -254,6 +254,34 @@ def test_the_command_prints_writes_and_draws(run_dir, tmp_path, capsys):
     assert 0.3 < scores["filled_box"] < 0.8
     assert f"{scores['box']:.4f}" in capsys.readouterr().out
     assert Image.open(picture).size[0] > 600
+
+
+def test_any_checkpoint_is_scored_by_its_path_or_by_the_file_that_names_it(scenes, tmp_path, capsys):
+    run = tmp_path / "run"
+    more = ["phases=[{name: joint, steps: 4}]", "checkpoint.every_steps=2", "schedule.warmup_steps=0", "optim.lr=1e-2"]
+    assert train.main(sam_arguments(scenes, run, *more)) == 0
+    checkpoints = run / "checkpoints"
+    (checkpoints / "BEST").write_text("step_00000002\n")
+    scores = {}
+    for name in (
+        "",
+        "checkpoints/step_00000002",
+        "checkpoints/step_00000004",
+        "checkpoints/BEST",
+        "checkpoints/LATEST",
+    ):
+        assert evaluate.main([str(run / name), "--num-images", "1", "--out", str(tmp_path / "scores.json")]) == 0
+        scores[name.rpartition("/")[2]] = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["BEST"] == scores["step_00000002"] != scores["step_00000004"]
+    assert scores[""] == scores["LATEST"] == scores["step_00000004"]
+    image = tmp_path / "image.png"
+    Image.new("RGB", (64, 64)).save(image)
+    assert predict.main([str(checkpoints / "BEST"), str(image), "--point", "3,4", "--out", str(tmp_path / "x")]) == 0
+    (checkpoints / "step_00000002" / ".metadata").unlink()
+    capsys.readouterr()
+    for command, more in ((evaluate, []), (predict, [str(image), "--point", "3,4"])):
+        assert command.main([str(checkpoints / "BEST"), *more]) == 2
+        assert "step_00000002 is damaged: .metadata is missing" in capsys.readouterr().err
 
 
 def test_a_run_without_checkpoints_says_so(run_dir, tmp_path, capsys):

@@ -197,14 +197,22 @@ def test_an_export_destroys_nothing_else(saved, tmp_path):
     export(file, tmp_path / "twice.pth")  # an export may be written again
 
 
-@pytest.mark.parametrize("content", ["text", "empty", "cut", "list", "number", "safetensors"])
+@pytest.mark.parametrize("content", ["text", "words", "name", "empty", "cut", "list", "number", "safetensors"])
 def test_files_that_are_no_weights_are_named(saved, tmp_path, content):
     _, whole = saved
     file = tmp_path / ("x.safetensors" if content == "safetensors" else "x.pth")
     if content in ("list", "number"):
         torch.save([1, 2] if content == "list" else {"model": 3}, file)
     else:
-        data = {"text": b"hello", "empty": b"", "cut": whole.read_bytes()[:5000], "safetensors": b"not safetensors"}
+        data = {
+            "text": b"hello",
+            "words": b"image: x\n",
+            "name": b"step_00000080\n",
+            "empty": b"",
+            "cut": whole.read_bytes()[:5000],
+            "safetensors": b"not safetensors",
+        }
         file.write_bytes(data[content])
-    with pytest.raises(ValueError, match=file.name):
+    with pytest.raises(ValueError, match=file.name) as caught:
         read_weights(file)
+    assert "Error(" not in str(caught.value), "what Python calls it says nothing"
