@@ -14,6 +14,7 @@ is in `trainer/interactive.py`, every measure in `trainer/scores.py`, what the n
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -260,6 +261,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, world: World) -> int:
     """The command on one of its processes. Raises `ValueError` for what a user can mend."""
+    for name, path in (("--out", options.out), ("--picture", options.picture)):
+        check_target(name, path)
     overrides = [f"data.eval_shards={options.shards}"] if options.shards else []
     overrides += ["evaluate.random_clicks=true"] if options.random_clicks else []
     config, task = load_network(options.run, overrides, options.untrained)
@@ -270,14 +273,26 @@ def run(options: argparse.Namespace, world: World) -> int:
     assert summary is not None, "nobody asked to stop"
     if not world.is_main:
         return 0
-    for name, value in summary.items():
-        print(f"{name:28} {value:.4f}")
     if options.out:
         options.out.write_text(json.dumps(summary, indent=1) + "\n")
     if options.picture:
         answers, _ = evaluation_pictures(engine, reader, rows, config, world)  # type: ignore[arg-type]
-        Image.fromarray(answers).save(options.picture)
+        Image.fromarray(answers).save(options.picture, format="PNG")
+    for name, value in summary.items():  # last, as whoever reads may have left: `| head`
+        print(f"{name:28} {value:.4f}")
     return 0
+
+
+def check_target(option: str, path: Path | None) -> None:
+    """Raises `ValueError`, before hours of work, for a file that cannot be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder: name a file")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{option}: {path.parent} is no folder: make it first")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ValueError(f"{option}: no permission to write {path}")
 
 
 def load_network(path: Path, overrides: list[str], untrained: bool) -> tuple[SamConfig, SamTask]:
