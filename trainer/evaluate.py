@@ -263,12 +263,14 @@ def run(options: argparse.Namespace, world: World) -> int:
     """The command on one of its processes. Raises `ValueError` for what a user can mend."""
     for name, path in (("--out", options.out), ("--picture", options.picture)):
         check_target(name, path)
+    if options.num_images is not None and options.num_images < 1:
+        raise ValueError(f"--num-images counts from 1, is {options.num_images}; without it all are scored")
     overrides = [f"data.eval_shards={options.shards}"] if options.shards else []
     overrides += ["evaluate.random_clicks=true"] if options.random_clicks else []
     config, task = load_network(options.run, overrides, options.untrained)
     engine = _PlainEngine(task.to(world.device))
     reader, rows = evaluation_rows(config)
-    rows = rows[: options.num_images] if options.num_images else rows
+    rows = rows[: options.num_images]
     summary = evaluate(engine, reader, rows, config, world)  # type: ignore[arg-type]
     assert summary is not None, "nobody asked to stop"
     if not world.is_main:

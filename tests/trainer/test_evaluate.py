@@ -268,6 +268,12 @@ def test_where_the_scores_go_is_checked_before_they_are_made(run_dir, tmp_path, 
         assert f"{option}: {tmp_path} is a folder: name a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_numbers_of_images_below_one_are_refused(run_dir, capsys, number):
+    assert evaluate.main([str(run_dir), "--num-images", number]) == 2
+    assert f"--num-images counts from 1, is {number}" in capsys.readouterr().err
+
+
 def test_the_scores_are_written_although_nobody_reads_them(run_dir, tmp_path, monkeypatch):
     def nobody_reads(text: str) -> None:  # as with `| head`
         raise BrokenPipeError
