@@ -13,6 +13,7 @@ is in `trainer/interactive.py`, every measure in `trainer/scores.py`, what the n
 
 import argparse
 import json
+import logging
 import math
 import os
 import sys
@@ -48,12 +49,14 @@ from trainer.distributed import (
     sum_on_host,
 )
 from trainer.interactive import MATCHED, EvalBatch, MaskScore
-from trainer.metrics import Logger
+from trainer.metrics import Logger, finite_or_none
 from trainer.parallel.engine import Engine
 from trainer.pictures import answer_row, grid, round_rows
 from trainer.sam_task import SamTask
 from trainer.scores import SIZES, average_precision, calibration, match_image, size_of
 from trainer.stages import build_sam_task, checkpoint_of, pointed_at, read_weights, sam_size
+
+log = logging.getLogger(__name__)
 
 PICTURE_IMAGES = 4
 
@@ -118,6 +121,13 @@ def summarize(images: Sequence[ScoredImage]) -> dict[str, float]:
     if not scores:
         raise ValueError("no mask to evaluate: the evaluation images have none")
     prompts = list(scores[0].predicted_iou)
+    if wrong := sum(not all(map(math.isfinite, score.predicted_iou.values())) for score in scores):
+        log.warning(
+            "the answers for %d of %d masks are not finite (NaN or infinite): the network is broken, so these scores "
+            "say nothing; lower optim.lr, or go back to an earlier checkpoint",
+            wrong,
+            len(scores),
+        )
     summary = {name: mean(score.iou[name] for score in scores) for name in scores[0].iou}
     summary["miou"] = float(np.mean([summary[name] for name in prompts]))
     summary["num_masks"] = float(len(scores))
@@ -276,7 +286,7 @@ def run(options: argparse.Namespace, world: World) -> int:
     if not world.is_main:
         return 0
     if options.out:
-        options.out.write_text(json.dumps(summary, indent=1) + "\n")
+        options.out.write_text(json.dumps(finite_or_none(summary), indent=1) + "\n")
     if options.picture:
         answers, _ = evaluation_pictures(engine, reader, rows, config, world)  # type: ignore[arg-type]
         Image.fromarray(answers).save(options.picture, format="PNG")

@@ -5,6 +5,7 @@ groups them.
 """
 
 import json
+import math
 import resource
 import time
 from collections import Counter
@@ -136,7 +137,7 @@ class Logger:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if not self.active:
             return
-        self.lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        self.lines.write(json.dumps({"step": step, "time": time.time(), **finite_or_none(values)}) + "\n")
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
 
@@ -163,6 +164,11 @@ class Logger:
         if self.active:
             self.tensorboard.close()
             self.lines.close()
+
+
+def finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:
+    """For JSON, which has no NaN and no infinity: programs other than Python's refuse a line with them."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def console_line(step: int, num_steps: int, values: Mapping[str, float], global_size: int) -> str:
