@@ -42,11 +42,23 @@ say() {
     echo "$(date '+%F %T') $*"
 }
 
+is_running() {
+    scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'
+}
+
+# `scontrol requeue` or `requeuehold`. Slurm ends this script at once, and the command with it: whether it worked is seen
+# in the job's state, not in an exit code.
+ask_for() {
+    trap '' TERM
+    scontrol "$1" "$SLURM_JOB_ID"
+    ! is_running
+}
+
 # Ask Slurm to start this job again, unless it was cancelled; a job that merely ends here would count as complete.
 queue_again() {
-    if scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
+    if is_running; then
         say "queued again: $*"
-        scontrol requeue "$SLURM_JOB_ID" && exit 0
+        ask_for requeue && exit 0
         say "Slurm did not queue it again (above: why)"
         return
     fi
@@ -78,8 +90,7 @@ if [ "${PREFLIGHT:-1}" = 1 ]; then
         excluded=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
         excluded=$(printf '%s\n' "${excluded/(null)/}" "$(paste -sd, "$LOGS/bad_nodes")" | grep . | paste -sd,)
         say "bad nodes: $(paste -sd, "$LOGS/bad_nodes"); queued again without $excluded"
-        trap '' TERM
-        scontrol requeuehold "$SLURM_JOB_ID" || exit 1
+        ask_for requeuehold || exit 1
         scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded" || say "they could not be excluded"
         scontrol release "$SLURM_JOB_ID"             # in any case: held, it would wait for ever
         exit 0

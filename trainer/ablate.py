@@ -98,10 +98,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def same_settings(out: Path, settings: dict[str, object]) -> bool:
-    """Whether `out` is new or was made with these settings, which it then remembers."""
+    """Whether `out` holds no row yet or was made with these settings, which it then remembers.
+
+    A row is there from its first checkpoint on: a command that was mistyped leaves nothing that binds the next.
+    """
     out.mkdir(parents=True, exist_ok=True)
     stamp = out / "settings.json"
-    if not stamp.exists():
+    if not stamp.exists() or not any(out.glob("runs/*/checkpoints/step_*")):
         stamp.write_text(json.dumps(settings))
     return json.loads(stamp.read_text()) == settings
 

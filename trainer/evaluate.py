@@ -13,7 +13,9 @@ is in `trainer/interactive.py`, every measure in `trainer/scores.py`, what the n
 
 import argparse
 import json
+import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,12 +49,14 @@ from trainer.distributed import (
     sum_on_host,
 )
 from trainer.interactive import MATCHED, EvalBatch, MaskScore
-from trainer.metrics import Logger
+from trainer.metrics import Logger, finite_or_none
 from trainer.parallel.engine import Engine
 from trainer.pictures import answer_row, grid, round_rows
 from trainer.sam_task import SamTask
 from trainer.scores import SIZES, average_precision, calibration, match_image, size_of
 from trainer.stages import build_sam_task, checkpoint_of, pointed_at, read_weights, sam_size
+
+log = logging.getLogger(__name__)
 
 PICTURE_IMAGES = 4
 
@@ -117,6 +121,13 @@ def summarize(images: Sequence[ScoredImage]) -> dict[str, float]:
     if not scores:
         raise ValueError("no mask to evaluate: the evaluation images have none")
     prompts = list(scores[0].predicted_iou)
+    if wrong := sum(not all(map(math.isfinite, score.predicted_iou.values())) for score in scores):
+        log.warning(
+            "the answers for %d of %d masks are not finite (NaN or infinite): the network is broken, so these scores "
+            "say nothing; lower optim.lr, or go back to an earlier checkpoint",
+            wrong,
+            len(scores),
+        )
     summary = {name: mean(score.iou[name] for score in scores) for name in scores[0].iou}
     summary["miou"] = float(np.mean([summary[name] for name in prompts]))
     summary["num_masks"] = float(len(scores))
@@ -260,24 +271,40 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, world: World) -> int:
     """The command on one of its processes. Raises `ValueError` for what a user can mend."""
+    for name, path in (("--out", options.out), ("--picture", options.picture)):
+        check_target(name, path)
+    if options.num_images is not None and options.num_images < 1:
+        raise ValueError(f"--num-images counts from 1, is {options.num_images}; without it all are scored")
     overrides = [f"data.eval_shards={options.shards}"] if options.shards else []
     overrides += ["evaluate.random_clicks=true"] if options.random_clicks else []
     config, task = load_network(options.run, overrides, options.untrained)
     engine = _PlainEngine(task.to(world.device))
     reader, rows = evaluation_rows(config)
-    rows = rows[: options.num_images] if options.num_images else rows
+    rows = rows[: options.num_images]
     summary = evaluate(engine, reader, rows, config, world)  # type: ignore[arg-type]
     assert summary is not None, "nobody asked to stop"
     if not world.is_main:
         return 0
-    for name, value in summary.items():
-        print(f"{name:28} {value:.4f}")
     if options.out:
-        options.out.write_text(json.dumps(summary, indent=1) + "\n")
+        options.out.write_text(json.dumps(finite_or_none(summary), indent=1) + "\n")
     if options.picture:
         answers, _ = evaluation_pictures(engine, reader, rows, config, world)  # type: ignore[arg-type]
-        Image.fromarray(answers).save(options.picture)
+        Image.fromarray(answers).save(options.picture, format="PNG")
+    for name, value in summary.items():  # last, as whoever reads may have left: `| head`
+        print(f"{name:28} {value:.4f}")
     return 0
+
+
+def check_target(option: str, path: Path | None) -> None:
+    """Raises `ValueError`, before hours of work, for a file that cannot be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder: name a file")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{option}: {path.parent} is no folder: make it first")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ValueError(f"{option}: no permission to write {path}")
 
 
 def load_network(path: Path, overrides: list[str], untrained: bool) -> tuple[SamConfig, SamTask]:

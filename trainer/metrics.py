@@ -5,6 +5,7 @@ groups them.
 """
 
 import json
+import math
 import resource
 import time
 from collections import Counter
@@ -140,7 +141,7 @@ class Logger:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if not self.active:
             return
-        if self._lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n"):
+        if self._lines.write(json.dumps({"step": step, "time": time.time(), **finite_or_none(values)}) + "\n"):
             self._tensorboard_due = True
 
         def write(tensorboard: SummaryWriter) -> None:
@@ -187,6 +188,11 @@ class Logger:
             write(self._tensorboard)
         if not forgiving.works:
             self._tensorboard, self._tensorboard_due = None, False
+
+
+def finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:
+    """For JSON, which has no NaN and no infinity: programs other than Python's refuse a line with them."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def console_line(step: int, num_steps: int, values: Mapping[str, float], global_size: int) -> str:

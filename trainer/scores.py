@@ -112,9 +112,12 @@ def calibration(predicted: Sequence[float], true: Sequence[float]) -> dict[str, 
     """How well predicted IoUs (N) say the true ones: `bias` (predicted - true), `error` (mean absolute), `ece`.
 
     `ece` is the expected calibration error (Guo et al. 2017): predictions, clipped to [0, 1], in 10 equal bins, the
-    mean over masks of |mean predicted - mean true| of their bin. A perfect ranking may still be badly calibrated.
+    mean over masks of |mean predicted - mean true| of their bin. A perfect ranking may still be badly calibrated. All
+    are NaN if a prediction is not finite.
     """
     p, t = np.asarray(predicted, float), np.asarray(true, float)
+    if not np.isfinite(p).all():  # it is in no bin
+        return dict.fromkeys(("bias", "error", "ece"), math.nan)
     bins = calibration_bins(p, t)
     gap = sum(count * abs(mean_p - mean_t) for mean_p, mean_t, count in bins if count)
     return {"bias": float(np.mean(p - t)), "error": float(np.mean(np.abs(p - t))), "ece": gap / len(p)}

@@ -175,7 +175,7 @@ def pointed_at(path: Path) -> Path:
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The newest checkpoint of a run directory; a checkpoint itself. Raises `ValueError` if it is neither, or damaged."""
+    """The newest checkpoint of a run directory; a checkpoint itself. `ValueError` if it is neither, or damaged."""
     checkpoints = path / "checkpoints"
     if checkpoints.is_dir() or (path / "config.yaml").is_file():
         newest = Checkpointer(checkpoints, 1, single_process()).newest()

@@ -51,9 +51,18 @@ def slurm(tmp_path):
         **variables: str,
     ):
         program(programs / "srun", f'case "$*" in *trainer.train*) exit {code};; esac')
-        job = f"JobId=7 JobState={state} ExcNodeList=n9 Reason=x"
-        shown = f'case "$*" in *hostnames*) echo n0; echo n1;; *"show job"*) echo {job};; {refused}*) exit 1;; esac'
-        program(programs / "scontrol", shown)
+        queued = programs / "queued"
+        queued.unlink(missing_ok=True)
+        program(
+            programs / "scontrol",
+            f"""state={state}; [ -e {queued} ] && state=PENDING
+            case "$*" in
+                *hostnames*) echo n0; echo n1;;
+                *"show job"*) echo "JobId=7 JobState=$state ExcNodeList=n9 Reason=x";;
+                {refused}*) exit 1;;
+                requeue*) touch {queued}; exit 143;;  # Slurm ends it together with the script
+            esac""",
+        )
         # The preflight's answers: the newest step, and on judging the names of bad nodes.
         judge = f"echo n1 > runs/slurm/job-7/bad_nodes; exit {judged}" if judged == 1 else f"exit {judged}"
         program(project / ".venv/bin/python", f'case "$*" in *--print-step*) echo 5;; *--judge*) {judge};; esac')

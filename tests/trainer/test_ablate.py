@@ -1,6 +1,7 @@
 """The three tables as one command, each row a few steps of the real training."""
 
 import json
+import subprocess
 
 import pytest
 from PIL import Image
@@ -55,6 +56,13 @@ def test_the_command_trains_scores_writes_and_goes_on(scenes, tmp_path, monkeypa
     out = tmp_path / "ablate"
     arguments = ["--shards", str(scenes["train"]), "--eval-shards", str(scenes["eval"]), "--out", str(out)]
     arguments += ["--tables", "masks", "--steps", "2", "--seeds", "0", "1", "--", *TINY]
+
+    def fail(module, *arguments):
+        raise subprocess.CalledProcessError(2, module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "execute", fail)
+        assert ablate.main([*arguments, "seed=mistyped"]) == 1, "no row was made, so its settings bind nothing"
     assert ablate.main(arguments) == 0
     results = json.loads((out / "results.json").read_text())
     assert {name: sorted(by_seed) for name, by_seed in results.items()} == {

@@ -256,6 +256,34 @@ def test_the_command_prints_writes_and_draws(run_dir, tmp_path, capsys):
     assert Image.open(picture).size[0] > 600
 
 
+def test_where_the_scores_go_is_checked_before_they_are_made(run_dir, tmp_path, capsys, monkeypatch):
+    def too_late(*arguments):
+        raise AssertionError("evaluated")
+
+    monkeypatch.setattr(evaluate, "evaluate", too_late)
+    for option in ("--out", "--picture"):
+        assert evaluate.main([str(run_dir), option, str(tmp_path / "none" / "s.json")]) == 2
+        assert f"{option}: {tmp_path / 'none'} is no folder: make it first" in capsys.readouterr().err
+        assert evaluate.main([str(run_dir), option, str(tmp_path)]) == 2
+        assert f"{option}: {tmp_path} is a folder: name a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_numbers_of_images_below_one_are_refused(run_dir, capsys, number):
+    assert evaluate.main([str(run_dir), "--num-images", number]) == 2
+    assert f"--num-images counts from 1, is {number}" in capsys.readouterr().err
+
+
+def test_the_scores_are_written_although_nobody_reads_them(run_dir, tmp_path, monkeypatch):
+    def nobody_reads(text: str) -> None:  # as with `| head`
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluate, "print", nobody_reads, raising=False)
+    with pytest.raises(BrokenPipeError):
+        evaluate.main([str(run_dir), "--num-images", "1", "--out", str(tmp_path / "scores.json")])
+    assert "box" in json.loads((tmp_path / "scores.json").read_text())
+
+
 def test_any_checkpoint_is_scored_by_its_path_or_by_the_file_that_names_it(scenes, tmp_path, capsys):
     run = tmp_path / "run"
     more = ["phases=[{name: joint, steps: 4}]", "checkpoint.every_steps=2", "schedule.warmup_steps=0", "optim.lr=1e-2"]

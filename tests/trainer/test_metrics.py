@@ -147,6 +147,24 @@ def test_a_window_past_the_end_of_the_run_is_refused(scenes, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_is_not_finite_writes_json_and_says_so(scenes, tmp_path, caplog):
+    """Python reads NaN, which no other program takes for JSON."""
+    more = ["phases=[{name: all, steps: 3}]", "optim.lr=1e25", "schedule.warmup_steps=0", "guard.max_skipped=10"]
+    train.main(sam_arguments(scenes, tmp_path / "run", *more))
+
+    def refuse(name: str) -> float:
+        raise AssertionError(name)
+
+    lines = [
+        json.loads(line, parse_constant=refuse)
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert any(line.get("train/loss", 0) is None for line in lines)
+    (line,) = [line for line in lines if "eval/miou" in line]
+    assert line["eval_calibration/box_bias"] is None
+    assert "masks are not finite" in caplog.text
+
+
 def test_the_console_line_says_how_long_it_will_take():
     values = {"speed/step_seconds": 2.0, "train/loss": 1.5, "train/iou": 0.25, "optim/lr": 1e-3}
     values |= {"train/grad_norm": 3.0, "optim/skipped_steps": 0.0, "data/stall_share": 0.1}

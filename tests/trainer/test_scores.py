@@ -159,6 +159,14 @@ def test_calibration_by_hand():
     assert calibration([0.5, 0.7], [0.5, 0.7])["ece"] == pytest.approx(0.0)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_calibration_of_what_is_not_finite_is_not_a_number(bad):
+    found = calibration([0.5, bad], [0.5, 0.7])
+    assert found.keys() == {"bias", "error", "ece"}
+    assert all(map(math.isnan, found.values()))
+
+
 # ----------------------------------------------------------------------------------------------------- AP and AR
 
 
