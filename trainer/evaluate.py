@@ -318,7 +318,11 @@ def load_network(path: Path, overrides: list[str], untrained: bool) -> tuple[Sam
         task = build_sam_task(config, frozen=(), initial_weights=False)
         sam_to_sam(weights, task.sam, str(path))
         return config, task
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    run, folder = path, path.absolute().parent
+    if (
+        folder.name == "checkpoints" and not (path / "config.yaml").is_file()
+    ):  # a checkpoint, not a run in such a folder
+        run = folder.parent
     loaded = load_config(run / "config.yaml", overrides, check_paths=False)
     if not isinstance(loaded, SamConfig):
         raise ValueError(f"{run} is a run of stage {loaded.stage}; evaluation needs stage sam")

@@ -284,8 +284,8 @@ def test_the_scores_are_written_although_nobody_reads_them(run_dir, tmp_path, mo
     assert "box" in json.loads((tmp_path / "scores.json").read_text())
 
 
-def test_any_checkpoint_is_scored_by_its_path_or_by_the_file_that_names_it(scenes, tmp_path, capsys):
-    run = tmp_path / "run"
+def test_any_checkpoint_is_scored_by_its_path_or_by_the_file_that_names_it(scenes, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "checkpoints" / "run"  # a folder of runs may have any name
     more = ["phases=[{name: joint, steps: 4}]", "checkpoint.every_steps=2", "schedule.warmup_steps=0", "optim.lr=1e-2"]
     assert train.main(sam_arguments(scenes, run, *more)) == 0
     checkpoints = run / "checkpoints"
@@ -305,6 +305,9 @@ def test_any_checkpoint_is_scored_by_its_path_or_by_the_file_that_names_it(scene
     image = tmp_path / "image.png"
     Image.new("RGB", (64, 64)).save(image)
     assert predict.main([str(checkpoints / "BEST"), str(image), "--point", "3,4", "--out", str(tmp_path / "x")]) == 0
+    with monkeypatch.context() as patch:
+        patch.chdir(checkpoints)
+        assert evaluate.main(["BEST", "--num-images", "1"]) == 0
     (checkpoints / "step_00000002" / ".metadata").unlink()
     capsys.readouterr()
     for command, more in ((evaluate, []), (predict, [str(image), "--point", "3,4"])):
