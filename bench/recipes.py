@@ -58,7 +58,7 @@ def recipe(name: str, steps: int) -> list[str]:
         *PUBLISHED_ROUNDS,
         f"phases=[{{name: joint, steps: {steps}}}]",
         "schedule.kind=multistep",
-        f"schedule.milestones=[{max(1, steps * 2 // 3)}, {max(2, round(steps * 0.963))}]",
+        f"schedule.milestones=[{max(1, steps * 2 // 3)}, {min(steps - 1, max(2, round(steps * 0.963)))}]",
         "loss.normalize=mask_mean",
         "optim.layer_decay=0.8",
         "model.drop_path=0.4",
