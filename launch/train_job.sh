@@ -42,25 +42,14 @@ say() {
     echo "$(date '+%F %T') $*"
 }
 
-is_running() {
-    scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'
-}
-
-# `scontrol requeue` or `requeuehold`. Slurm ends this script at once, and the command with it: whether it worked is seen
-# in the job's state, not in an exit code.
-ask_for() {
-    trap '' TERM
-    scontrol "$1" "$SLURM_JOB_ID"
-    ! is_running
-}
-
 # Ask Slurm to start this job again, unless it was cancelled; a job that merely ends here would count as complete.
 queue_again() {
-    if is_running; then
+    if scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
         say "queued again: $*"
-        ask_for requeue && exit 0
-        say "Slurm did not queue it again (above: why)"
-        return
+        # Always 0: Slurm ends this script and the command with it, so that neither an exit code nor the job's state at
+        # this moment says whether it worked; and a job that was queued and then exits with another code can end as failed.
+        scontrol requeue "$SLURM_JOB_ID"
+        exit 0
     fi
     say "not running any more (cancelled?), not queued again: $*. The same sbatch command goes on from the checkpoint"
 }
@@ -90,7 +79,8 @@ if [ "${PREFLIGHT:-1}" = 1 ]; then
         excluded=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
         excluded=$(printf '%s\n' "${excluded/(null)/}" "$(paste -sd, "$LOGS/bad_nodes")" | grep . | paste -sd,)
         say "bad nodes: $(paste -sd, "$LOGS/bad_nodes"); queued again without $excluded"
-        ask_for requeuehold || exit 1
+        trap '' TERM
+        scontrol requeuehold "$SLURM_JOB_ID"
         scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded" || say "they could not be excluded"
         scontrol release "$SLURM_JOB_ID"             # in any case: held, it would wait for ever
         exit 0

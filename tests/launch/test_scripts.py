@@ -121,13 +121,6 @@ def test_a_job_is_queued_again_after_a_signal_or_a_crash(slurm, code, state, que
     assert exit_code == (0 if queued else code), log
 
 
-def test_a_job_that_slurm_does_not_queue_again_has_failed(slurm):
-    """Not completed: what waits for it with afterok would start."""
-    for code in (75, 1):
-        assert slurm("sam_vith.slurm", [], code, refused="requeue")[0] == code
-    assert slurm("sam_vith.slurm", [], judged=1, refused="requeuehold")[0] == 1
-
-
 def test_a_job_whose_nodes_cannot_be_excluded_is_not_left_held(slurm):
     code, log, calls = slurm("sam_vith.slurm", [], judged=1, refused="update")
     assert code == 0
