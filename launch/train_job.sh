@@ -42,14 +42,15 @@ say() {
     echo "$(date '+%F %T') $*"
 }
 
-# Ask Slurm to start this job again, unless it was cancelled; a job that merely ends here would count as complete.
+# Ask Slurm to start this job again, unless it was cancelled; a job that merely ends here would count as complete. Slurm then
+# ends this script and its children; ignoring that signal lets scontrol say whether it worked.
 queue_again() {
     if scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
-        say "queued again: $*"
-        # Always 0: Slurm ends this script and the command with it, so that neither an exit code nor the job's state at
-        # this moment says whether it worked; and a job that was queued and then exits with another code can end as failed.
-        scontrol requeue "$SLURM_JOB_ID"
-        exit 0
+        say "to be queued again: $*"
+        trap '' TERM
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
+        say "Slurm did not queue it again; why, it says above. The same sbatch command goes on from the checkpoint"
+        return
     fi
     say "not running any more (cancelled?), not queued again: $*. The same sbatch command goes on from the checkpoint"
 }
@@ -78,9 +79,12 @@ if [ "${PREFLIGHT:-1}" = 1 ]; then
     if [ -s "$LOGS/bad_nodes" ]; then
         excluded=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
         excluded=$(printf '%s\n' "${excluded/(null)/}" "$(paste -sd, "$LOGS/bad_nodes")" | grep . | paste -sd,)
-        say "bad nodes: $(paste -sd, "$LOGS/bad_nodes"); queued again without $excluded"
+        say "bad nodes: $(paste -sd, "$LOGS/bad_nodes"); to be queued again without $excluded"
         trap '' TERM
-        scontrol requeuehold "$SLURM_JOB_ID"
+        if ! scontrol requeuehold "$SLURM_JOB_ID"; then
+            say "Slurm did not queue it again; why, it says above"
+            exit 1
+        fi
         scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded" || say "they could not be excluded"
         scontrol release "$SLURM_JOB_ID"             # in any case: held, it would wait for ever
         exit 0

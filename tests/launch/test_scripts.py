@@ -60,7 +60,7 @@ def slurm(tmp_path):
                 *hostnames*) echo n0; echo n1;;
                 *"show job"*) echo "JobId=7 JobState=$state ExcNodeList=n9 Reason=x";;
                 {refused}*) exit 1;;
-                requeue*) touch {queued}; exit 143;;  # Slurm ends it together with the script
+                requeue*) touch {queued}; kill -TERM $PPID; sleep 0.2;;  # as Slurm, which ends the script and its children
             esac""",
         )
         # The preflight's answers: the newest step, and on judging the names of bad nodes.
@@ -119,6 +119,14 @@ def test_a_job_is_queued_again_after_a_signal_or_a_crash(slurm, code, state, que
     exit_code, log, calls = slurm("sam_vith.slurm", [], code, state)
     assert ("scontrol requeue 7" in calls) == queued
     assert exit_code == (0 if queued else code), log
+
+
+@pytest.mark.parametrize("code, judged", [(75, 0), (1, 0), (0, 1)])
+def test_a_job_that_slurm_does_not_queue_again_does_not_end_as_complete(slurm, code, judged):
+    """Otherwise `afterok` would start the next stage on half-trained weights."""
+    exit_code, log, _ = slurm("sam_vith.slurm", [], code, judged=judged, refused="requeue")
+    assert exit_code == (code or 1)
+    assert "Slurm did not queue it again" in log
 
 
 def test_a_job_whose_nodes_cannot_be_excluded_is_not_left_held(slurm):

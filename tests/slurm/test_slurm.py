@@ -43,6 +43,7 @@ class Cluster:
 
     def __init__(self, directory: Path, project: Path) -> None:
         self.directory, self.project = directory, project
+        self.hurried: set[tuple[str, str]] = set()  # jobs told to start soon, and which of their starts
         self.env = {
             **{key: value for key, value in os.environ.items() if not key.startswith("SLURM_")},
             "SLURM_CONF": str(directory / "slurm.conf"),
@@ -69,10 +70,13 @@ class Cluster:
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def state(self, job: str) -> str:
-        """State, and a requeued job need not wait its two minutes."""
+        """State. A requeued job need not wait its two minutes, but a few seconds it must: slurmd revokes the ended start's
+        credentials by the second, and a start within that second is refused ("Job credential revoked")."""
         shown = self.show(job)
-        if shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime":
-            self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        this_start = (job, shown["Restarts"])
+        if shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime" and this_start not in self.hurried:
+            self.hurried.add(this_start)
+            self.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
         return shown["JobState"]
 
     def wait(self, job: str, what: str, true: Callable[[], bool], seconds: float = 400.0) -> None:
