@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,6 +49,7 @@ from trainer.distributed import (
 )
 from trainer.interactive import MATCHED, EvalBatch, MaskScore
 from trainer.metrics import Logger, finite_or_none
+from trainer.outputs import check_file
 from trainer.parallel.engine import Engine
 from trainer.pictures import answer_row, grid, round_rows
 from trainer.sam_task import SamTask
@@ -272,7 +272,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace, world: World) -> int:
     """The command on one of its processes. Raises `ValueError` for what a user can mend."""
     for name, path in (("--out", options.out), ("--picture", options.picture)):
-        check_target(name, path)
+        if path is not None:
+            check_file(name, path)
     if options.num_images is not None and options.num_images < 1:
         raise ValueError(f"--num-images counts from 1, is {options.num_images}; without it all are scored")
     overrides = [f"data.eval_shards={options.shards}"] if options.shards else []
@@ -293,18 +294,6 @@ def run(options: argparse.Namespace, world: World) -> int:
     for name, value in summary.items():  # last, as whoever reads may have left: `| head`
         print(f"{name:28} {value:.4f}")
     return 0
-
-
-def check_target(option: str, path: Path | None) -> None:
-    """Raises `ValueError`, before hours of work, for a file that cannot be written."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise ValueError(f"{option}: {path} is a folder: name a file")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"{option}: {path.parent} is no folder: make it first")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise ValueError(f"{option}: no permission to write {path}")
 
 
 def load_network(path: Path, overrides: list[str], untrained: bool) -> tuple[SamConfig, SamTask]:

@@ -24,6 +24,7 @@ import torch
 
 from model.build import SIZES, Size, build_sam
 from model.weights import Weights, encoder_from_timm, encoder_to_timm, refuse_misfits, sam_to_huggingface
+from trainer.outputs import check_place
 from trainer.stages import read_weights, sam_size
 
 FORMATS = ("segment_anything", "huggingface", "timm")
@@ -105,8 +106,7 @@ def loading_note(size: str, image_size: int, file_format: str) -> str:
 
 def check_target(out: Path, file_format: str) -> None:
     """Raises `ValueError` where writing would destroy what is no export, or has no place."""
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"{out.parent} is no folder: make it first")
+    check_place("--out", out)
     if file_format != "huggingface":
         if out.is_dir():
             raise ValueError(f"{out} is a directory; --format {file_format} writes a file")

@@ -30,6 +30,7 @@ from trainer.automatic import Found, Settings, annotation, automatic_masks, embe
 from trainer.config import SamConfig, load_config
 from trainer.distributed import single_process
 from trainer.interactive import chosen, upsample_logits
+from trainer.outputs import check_file
 from trainer.pictures import draw_full_size, overlay_many
 from trainer.prompts import BACKGROUND, FOREGROUND, NO_POINT
 from trainer.stages import pointed_at, read_weights, sam_size
@@ -56,9 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.everything == bool(options.point or options.box):
         parser.error("give either --everything or some --point and --box")
     out = options.out or Path(f"{options.image.stem}_masks")
+    overlay_file, record_file = (Path(f"{out}{suffix}") for suffix in (".png", ".json"))
     try:
-        if not out.absolute().parent.is_dir():
-            raise ValueError(f"--out: {out.parent} is no folder: make it first")
+        for file in (overlay_file, record_file):
+            check_file("--out", file)
         sam, single, single_for_boxes = load_sam(options.weights)
         image = read_image(options.image)
         check_inside(image, options.point, options.box)
@@ -75,9 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     picture = draw_full_size(
         overlay_many(image, [rle.to_bitmap(f.mask).astype(bool) for f in found]), options.point, options.box
     )
-    Image.fromarray(picture).save(out.with_name(out.name + ".png"))
-    out.with_name(out.name + ".json").write_text(json.dumps(sa1b_record(options.image, image, found)) + "\n")
-    print(f"{len(found)} masks: {out}.png, {out}.json")
+    Image.fromarray(picture).save(overlay_file)
+    record_file.write_text(json.dumps(sa1b_record(options.image, image, found)) + "\n")
+    print(f"{len(found)} masks: {overlay_file}, {record_file}")
     return 0
 
 

@@ -60,7 +60,7 @@ def slurm(tmp_path):
                 *hostnames*) echo n0; echo n1;;
                 *"show job"*) echo "JobId=7 JobState=$state ExcNodeList=n9 Reason=x";;
                 {refused}*) exit 1;;
-                requeue*) touch {queued}; kill -TERM $PPID; sleep 0.2;;  # as Slurm, which ends the script and its children
+                requeue*) touch {queued}; kill -TERM $PPID; sleep 0.2;;  # Slurm ends the script
             esac""",
         )
         # The preflight's answers: the newest step, and on judging the names of bad nodes.

@@ -70,8 +70,8 @@ class Cluster:
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def state(self, job: str) -> str:
-        """State. A requeued job need not wait its two minutes, but a few seconds it must: slurmd revokes the ended start's
-        credentials by the second, and a start within that second is refused ("Job credential revoked")."""
+        """State. A requeued job need not wait its two minutes, but a few seconds it must: slurmd revokes the ended
+        start's credentials by the second, and refuses a start within that second ("Job credential revoked")."""
         shown = self.show(job)
         this_start = (job, shown["Restarts"])
         if shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime" and this_start not in self.hurried:

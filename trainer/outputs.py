@@ -1,0 +1,19 @@
+"""Where a command was told to write: looked at before hours of work, not after."""
+
+import os
+from pathlib import Path
+
+
+def check_place(option: str, path: Path) -> None:
+    """Raises `ValueError` if nothing can be made or replaced at `path`, which `option` names."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{option}: {path.parent} is no folder: make it first")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ValueError(f"{option}: no permission to write {path}")
+
+
+def check_file(option: str, path: Path) -> None:
+    """The same for a file."""
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder: name a file")
+    check_place(option, path)
