@@ -32,6 +32,7 @@ from trainer.optim import first_trained, param_groups
 from trainer.parallel.engine import Engine, build_engine
 from trainer.prompts import later_rounds_with_click
 from trainer.stages import build_task, encoder_depth
+from trainer.tracing import activities_of, table_of
 
 # Forward pass of SAM's encoder on one image of 1024 pixels, and of a mask and round in the decoder: FLOPs as torch's
 # FlopCounterMode counts the released modules (a multiply-add is two).
@@ -178,10 +179,9 @@ def measure(
     if by_part:
         row |= {f"{name}_ms": round(1000 * value, 1) for name, value in parts(engine, batch, repeats).items()}
     if num_profiled:
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(activities=activities_of(world.device)) as profiler:
             step()
-        by = "self_cuda_time_total" if world.device.type == "cuda" else "self_cpu_time_total"
-        print(profile.key_averages().table(sort_by=by, row_limit=num_profiled, max_name_column_width=80))
+        print(table_of(profiler, world.device, num_profiled))
     flops = useful_flops(config, frozen)
     row["useful_tflop"] = None if flops is None else round(flops / 1e12, 2)
     peak = peak_flops(world.device, config.engine.precision)

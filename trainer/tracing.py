@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from trainer.distributed import World
@@ -20,15 +21,13 @@ class Tracer:
         self.folder = run_dir / "profile"
         self.profiler: profile | None = None
         self.first = self.last = 0  # recorded
-        self.activities = [ProfilerActivity.CPU]
-        if world.device.type == "cuda":
-            self.activities.append(ProfilerActivity.CUDA)
+        self.device = world.device
 
     def before(self, step: int) -> None:
         """Start if `step`, the one about to be done, is the first of this stretch to be recorded."""
         if self.profiler is None and self.steps and self.steps[0] <= step <= self.steps[1]:
             self.first = step
-            self.profiler = profile(activities=self.activities)
+            self.profiler = profile(activities=activities_of(self.device))
             self.profiler.start()
 
     def after(self, step: int) -> str | None:
@@ -47,5 +46,15 @@ class Tracer:
         with Forgiving(str(self.folder)):
             self.folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.folder / f"steps_{self.first}_to_{self.last}.json.gz"))
-        by = "self_cuda_time_total" if len(self.activities) > 1 else "self_cpu_time_total"
-        return profiler.key_averages().table(sort_by=by, row_limit=30)
+        return table_of(profiler, self.device)
+
+
+def activities_of(device: torch.device) -> list[ProfilerActivity]:
+    """What is worth recording: the host, and a GPU if training is on one."""
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+
+
+def table_of(profiler: profile, device: torch.device, num_rows: int = 30) -> str:
+    """The operators that take most of the device's time."""
+    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=by, row_limit=num_rows, max_name_column_width=80)
