@@ -4,6 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # One maths thread a process: tests and the demo start as many processes as there are cores.
 export OMP_NUM_THREADS ?= 1
+# Test files at once. A file's tests stay in one process, which makes what they share once; many start ranks of their own.
+AT_ONCE ?= 2
 
 .PHONY: demo test test-all test-gpu faults lint format tensorboard clean
 
@@ -11,7 +13,7 @@ demo: $(VENV)/.installed  ## the whole pipeline in miniature; DATA=folder uses y
 	$(RUN) -m trainer.demo --out demo $(if $(DATA),--data "$(DATA)") $(if $(SEED),--seed $(SEED))
 
 test: $(VENV)/.installed  ## one representative of every promise
-	$(RUN) -m pytest -m "not slow and not slurm"
+	$(RUN) -m pytest -n $(AT_ONCE) --dist loadfile -m "not slow and not slurm"
 
 test-all: $(VENV)/.installed  ## the matrices and the long ones too
 	$(RUN) -m pytest
