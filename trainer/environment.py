@@ -48,7 +48,10 @@ def commit() -> str:
     root = Path(__file__).parent.parent
     try:
         shown = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, capture_output=True, text=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],  # of the code, whatever its tags
+            cwd=root,
+            capture_output=True,
+            text=True,
         )
     except FileNotFoundError:
         return "unknown"

@@ -25,8 +25,8 @@ from trainer.data.batches import Batch, MaeBatch, SamBatch
 from trainer.history import start_of
 from trainer.optim import phase_ends
 from trainer.pictures import grid, sample_row
+from trainer.recipe import NOT_RECIPE, recipe
 from trainer.stages import Pipeline, build_pipeline
-from trainer.train import NOT_RECIPE, recipe
 
 MASKS_SHOWN = 6  # of an image
 

@@ -12,9 +12,8 @@ a signal after saving, 76 another rank hung. Of a signal before training has beg
 
 import argparse
 import logging
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from trainer.data.embeddings import EmbeddingStore, encoder_hash
 from trainer.data.eval_data import evaluation_rows
 from trainer.data.loader import build_batches
 from trainer.distributed import World, broadcast_object, start_world, stop_world
-from trainer.environment import environment
+from trainer.environment import commit, environment
 from trainer.evaluate import diagnose_and_log, evaluate_and_log
 from trainer.flops import flops_per_image, peak_flops
 from trainer.guard import (
@@ -58,13 +57,12 @@ from trainer.optim import (
 from trainer.parallel.averaged import AveragedEngine
 from trainer.parallel.engine import Engine, build_engine
 from trainer.parallel.precision import make_deterministic
+from trainer.recipe import check_recipe, recipe
 from trainer.reconstruct import log_reconstruction
 from trainer.run_files import Forgiving, LineFile
 from trainer.sam_task import SamTask
 from trainer.stages import Pipeline, build_pipeline, build_task, encoder_depth
 from trainer.tracing import Tracer
-
-log = logging.getLogger(__name__)
 
 FINISHED = "finished.txt"  # in the run directory: the step at which all was done, the last evaluation included
 
@@ -269,7 +267,11 @@ def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, w
     warmup = schedule.warmup_steps
     if warmup is None:
         warmup = steps_of(schedule.warmup_epochs or 0, num_samples, global_size)
-    facts = {"recipe": recipe(config, pipeline), "config": config.model_dump(mode="json"), "code": code_version()}
+    facts = {
+        "recipe": recipe(config, pipeline),
+        "config": config.model_dump(mode="json"),
+        "code": f"{commit()}, torch {torch.__version__}",
+    }
     peak = peak_flops(world.device, config.engine.precision)
     frozen = config.phases[phase].frozen
     return Plan(
@@ -338,69 +340,6 @@ def build_diagnosis(config: Config, world: World, logger: Logger) -> Callable[[E
     reader, rows = evaluation_rows(config)
     rows = rows[: config.diagnostics.num_images]
     return lambda engine, step: diagnose_and_log(engine, reader, rows, config, world, logger, step)
-
-
-# Settings that may differ between two starts of one run: where and how it runs, not what it learns.
-NOT_RECIPE = (
-    "run_dir", "checkpoint", "resume", "guard", "log", "profile", "evaluate", "diagnostics", "batch.micro",
-    "model.init_from", "model.patch_resize", "data.shards", "data.eval_shards", "data.embeddings", "data.workers",
-    "data.prefetch", "data.max_bad_samples", "data.remote",
-)  # fmt: skip
-
-
-def recipe(config: Config, pipeline: Pipeline) -> dict[str, object]:
-    """Dotted setting to value of all that decides what a run learns, with the data's manifest."""
-    settings = flatten(config.model_dump(mode="json"))
-    found = {
-        key: value
-        for key, value in settings.items()
-        if not named(key, NOT_RECIPE) and (key == "engine.precision" or not key.startswith("engine."))
-    }
-    return {**found, "manifest": pipeline.fingerprint, "num_samples": pipeline.order.num_samples}
-
-
-def flatten(tree: object, prefix: str = "") -> dict[str, object]:
-    """A tree of sections and lists as dotted keys."""
-    if isinstance(tree, list):
-        tree = {str(number): value for number, value in enumerate(tree)}
-    if not isinstance(tree, dict) or (not tree and prefix):
-        return {prefix.rstrip("."): tree}
-    return {key: value for name, part in tree.items() for key, value in flatten(part, f"{prefix}{name}.").items()}
-
-
-def named(key: str, names: Sequence[str]) -> bool:
-    """Whether a setting, or a section it is in, is among `names`."""
-    return any(f"{key}.".startswith(f"{name}.") for name in names)
-
-
-def check_recipe(before: dict[str, object], now: dict[str, object], allowed: Sequence[str], checkpoint: Path) -> None:
-    """Raise `ValueError` with every difference to what the checkpoint was trained with that nobody allowed."""
-    keys = sorted(before.keys() | now.keys())
-    if strange := [name for name in allowed if not any(named(key, [name]) for key in keys)]:
-        raise ValueError(f"resume.allow_change: {', '.join(strange)} is no part of the recipe")
-    differences = {
-        key: f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-        for key in keys
-        if before.get(key) != now.get(key)
-    }
-    if refused := [text for key, text in differences.items() if not named(key, allowed)]:
-        raise ValueError(
-            f"{checkpoint} was trained with another recipe; use a new run_dir, or name in resume.allow_change what "
-            f"should change. {'; '.join(refused)}"
-        )
-    for text in differences.values():
-        log.warning("resume.allow_change: %s", text)
-
-
-def code_version() -> str:
-    """Commit of this checkout, with a mark if it was changed; torch's version."""
-    here = Path(__file__).parent
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
-        commit = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown: not a git checkout"
-    return f"{commit}, torch {torch.__version__}"
 
 
 def explain_out_of_memory(config: Config, world: World, error: Exception) -> str:
