@@ -14,7 +14,7 @@ mkdir -p "$LOGS" || exit 2                           # Slurm makes no folders fo
 
 # Where the processes meet. The ports follow from the job, so that two jobs on a node do not collide.
 MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))          # below the ports that Linux hands out by itself
 export MASTER_ADDR MASTER_PORT
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}         # the loader's processes are the parallelism

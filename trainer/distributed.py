@@ -150,7 +150,7 @@ def _torch_names_for_slurm(
 ) -> dict[str, str]:
     names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size}
     # The job id keeps two jobs on one node apart.
-    names["MASTER_PORT"] = env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000
+    names["MASTER_PORT"] = env.get("MASTER_PORT") or 10000 + int(env.get("SLURM_JOB_ID", "0")) % 20000
     names["MASTER_ADDR"] = env.get("MASTER_ADDR") or _first_slurm_host(env["SLURM_STEP_NODELIST"])
     return {name: str(value) for name, value in names.items()}
 

@@ -57,7 +57,7 @@ def test_srun(monkeypatch: pytest.MonkeyPatch) -> None:
         "LOCAL_WORLD_SIZE": "4",
     }
     assert os.environ["MASTER_ADDR"] == "first of node[3-5]"
-    assert os.environ["MASTER_PORT"] == str(20000 + 10001)
+    assert os.environ["MASTER_PORT"] == str(10000 + 10001)
 
 
 def test_a_batch_script_without_srun_is_one_process() -> None:
