@@ -38,6 +38,7 @@ from trainer.parallel.torch_engine import TorchEngine
 
 GLOBAL_SIZE = 4
 SECONDS_TO_END = 120.0  # for a healthy end, on a machine with much else to do
+SECONDS_FOR_LONG = 1200.0  # for the thousand steps of `kill_all`, each with a save
 SECONDS_AFTER_KILL = 30.0  # within which the others notice that a rank is gone
 REL_LOSS = 1e-4  # the same arithmetic in the same order gives equal bits; gloo may add ranks in another order
 
@@ -85,7 +86,7 @@ class Lab:
         """An undisturbed run on two ranks."""
         if more not in self._references:
             run = self.new_run()
-            codes = self.start(run, *more).wait(SECONDS_TO_END)
+            codes = self.start(run, *more).wait(SECONDS_FOR_LONG)
             assert codes == [0, 0], f"undisturbed run ended with {codes}"
             self._references[more] = run
         return self._references[more]
@@ -93,10 +94,10 @@ class Lab:
     def start(self, run: Path, *more: str, ranks: int = 2, patch: Callable[[int], None] | None = None) -> Ranks:
         return Ranks(run.with_suffix(".logs"), self.arguments(run, *more), ranks, patch)
 
-    def finish(self, run: Path, *more: str, ranks: int = 2) -> tuple[list[str], int]:
+    def finish(self, run: Path, *more: str, ranks: int = 2, seconds: float = SECONDS_TO_END) -> tuple[list[str], int]:
         """Start again without a fault. What is not as in the undisturbed run, and how many samples were repeated."""
         processes = self.start(run, *more, ranks=ranks)
-        codes = processes.wait(SECONDS_TO_END)
+        codes = processes.wait(seconds)
         if any(codes):
             return [f"the next start ended with {codes}: {processes.output()[-2000:]}"], 0
         return self.compare(run, *more)
@@ -267,7 +268,7 @@ def kill_all(lab: Lab, row: Row) -> None:
         last = max(last, step)
         row.count(problems)
     row.notes.append(f"killed between steps 0 and {last} of {steps}")
-    problems, row.trained_again = lab.finish(run, *more)
+    problems, row.trained_again = lab.finish(run, *more, seconds=SECONDS_FOR_LONG)
     row.problems += problems
 
 
@@ -486,8 +487,9 @@ def roll_back_then_stop(lab: Lab, row: Row) -> None:
         processes.wait_for("going on from")
         processes.kill(0, signal.SIGTERM)
         problems, again = stopped_as_documented(lab, run, processes, *more)
-        went_back = re.search(r"going on from \S+step_0*2\n", processes.output())
-        row.count(problems + ([] if went_back else [f"keep_last {keep_last}: not to step 2"]), again)
+        # The one after step 2 is skipped; on a slow disk the save of step 2 itself may have been left out.
+        went_back = re.search(r"going on from \S+step_0*[12]\n", processes.output())
+        row.count(problems + ([] if went_back else [f"keep_last {keep_last}: not to step 2 or before"]), again)
 
 
 def not_finite_in_fp16(lab: Lab, row: Row) -> None:
