@@ -155,13 +155,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--out", type=Path, help="the rows as JSON")
+    parser.add_argument("--stages", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings of every run, after --")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows: dict[str, tuple[float, float]] = {}
     wrong = []
-    plan = [case for case in cases(options.short) if case.engine in options.engines]
+    plan = [case for case in cases(options.short) if case.engine in options.engines and case.stage in options.stages]
     plan += [Case("mae", "ddp", 2, 4, error) for error in ERRORS]
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options.overrides)
