@@ -94,7 +94,6 @@ class TwoWayTransformer(nn.Module):
         attention_downsample_rate: int = 2,
     ) -> None:
         super().__init__()
-        self.dropout = dropout
         self.layers = nn.ModuleList(
             TwoWayAttentionBlock(
                 embedding_dim,

@@ -79,13 +79,16 @@ def embed(sam: Sam, image: np.ndarray) -> Embedded:
 
 
 @torch.no_grad()
-def automatic_masks(sam: Sam, image: np.ndarray, settings: Settings) -> list[Found]:
-    """All masks of an image (Y, X, 3) uint8, best predicted IoU first."""
+def automatic_masks(sam: Sam, image: np.ndarray, settings: Settings, single: bool = False) -> list[Found]:
+    """All masks of an image (Y, X, 3) uint8, best predicted IoU first.
+
+    single: the single-mask token answers, where no other was trained; else the three hypotheses.
+    """
     embedded = embed(sam, image)
     points = point_grid(settings.points_per_side) * np.array(embedded.original[::-1])
     found: list[Found] = []
     for first in range(0, len(points), settings.points_at_once):
-        found += masks_of_points(sam, embedded, points[first : first + settings.points_at_once], settings)
+        found += masks_of_points(sam, embedded, points[first : first + settings.points_at_once], settings, single)
     found = without_duplicates(found, [one.predicted_iou for one in found], settings.max_box_iou)
     return without_small_regions(found, settings) if settings.min_region_area else found
 
@@ -96,11 +99,12 @@ def point_grid(points_per_side: int) -> np.ndarray:
     return np.stack(np.meshgrid(centres, centres), axis=-1).reshape(-1, 2)
 
 
-def masks_of_points(sam: Sam, embedded: Embedded, points: np.ndarray, settings: Settings) -> list[Found]:
-    """The hypotheses of points (P, 2) x y in pixels of the image that pass both filters."""
+def masks_of_points(sam: Sam, embedded: Embedded, points: np.ndarray, settings: Settings, single: bool) -> list[Found]:
+    """The answers to points (P, 2) x y in pixels of the image that pass both filters."""
     output = sam.decode_masks(embedded.embedding, point_prompts(embedded, points))
-    logits = output.low_res_logits[0, :, 1:].flatten(0, 1)  # (P K, h, w)
-    predicted = output.iou_predictions[0, :, 1:].flatten().float().tolist()
+    tokens = slice(0, 1) if single else slice(1, None)
+    logits = output.low_res_logits[0, :, tokens].flatten(0, 1)  # (P K, h, w)
+    predicted = output.iou_predictions[0, :, tokens].flatten().float().tolist()
     found = []
     for n, predicted_iou in enumerate(predicted):
         if settings.min_predicted_iou > 0 and predicted_iou <= settings.min_predicted_iou:
@@ -109,7 +113,7 @@ def masks_of_points(sam: Sam, embedded: Embedded, points: np.ndarray, settings: 
         stable = stability(one, settings.stability_offset)
         if settings.min_stability > 0 and not stable >= settings.min_stability:
             continue
-        x, y = points[n // 3].tolist()
+        x, y = points[n * len(points) // len(predicted)].tolist()
         mask = rle.from_bitmap((one > 0).cpu().numpy())
         found.append(Found(mask, inclusive_box(mask), predicted_iou, stable, (x, y)))
     return found

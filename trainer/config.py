@@ -96,7 +96,7 @@ class SamData(Section):
     max_mask_area: Share | None = None  # leave out masks over this share of the image (SAM 0.9; doc none)
     scale_jitter: Range | None = None  # of the long side, then crop or pad (doc 0.8, 1.2)
     horizontal_flip: Probability = 0.0
-    color_jitter: NonNegative = 0.0  # brightness, contrast, saturation each by a factor in 1 -+ this
+    color_jitter: Probability = 0.0  # brightness, contrast, saturation each by a factor in 1 -+ this
     lanes: Count = 64  # fixed streams of shards that a global batch draws from evenly
     window: Count = 4096  # samples of a lane that are shuffled together
     workers: CountOrZero = 4  # loader processes per rank
@@ -111,7 +111,7 @@ class MaeData(Section):
     crop_scale: CropScale = (0.2, 1.0)  # area share of the random crop (MAE code; doc 0.08)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # doc silent (torchvision's default: bilinear)
     horizontal_flip: Probability = 0.5
-    color_jitter: NonNegative = 0.0  # doc 0.4; MAE A.1 uses none
+    color_jitter: Probability = 0.0  # doc 0.4; MAE A.1 uses none
     lanes: Count = 64
     window: Count = 4096
     workers: CountOrZero = 8
@@ -163,7 +163,9 @@ class SamLoss(Section):
     focal_alpha: Probability = 0.25
     focal_gamma: NonNegative = 2.0
     dice_smooth: Positive = 1.0  # 0 would be 0 / 0 for an empty mask predicted empty
-    resolution: Count = 256  # pixels a side of the target; the logits are resampled to it (sam2 1024; SAM, doc silent)
+    # Pixels a side of the target, at least half as many as the logits have, which are resampled to it without
+    # smoothing: below that, some would be read by nobody (sam2 1024; SAM, doc silent).
+    resolution: Count = 256
     sampled_points: Count | None = None  # focal and dice on this many points a mask, not all pixels (sam3 12544)
     multimask: Literal["best", "all", "single"] = "best"  # three masks by least loss, all three, token 0 alone
     multimask_when: Literal["always", "single_prompt"] = "always"  # doc: always (and token 0 too); SAM: one prompt
@@ -171,6 +173,11 @@ class SamLoss(Section):
     select_by: Literal["total", "mask"] = "total"  # least loss with the IoU part (doc) or without (sam2)
     iou_on: Literal["selected", "all"] = "selected"  # the IoU head learns on the chosen mask (SAM) or all three (sam2)
     normalize: Literal["image_mean", "mask_mean"] = "image_mean"  # doc; paper recipe: one count over the batch
+
+    @property
+    def single_token_for_boxes(self) -> bool:
+        """Whether the single-mask token answers a box alone, since training shows it to no other."""
+        return self.multimask_when == "single_prompt" and not self.box_is_single_prompt
 
 
 class Optim(Section):
@@ -189,8 +196,8 @@ class Schedule(Section):
     kind: Literal["cosine", "multistep", "constant"] = "cosine"
     warmup_steps: CountOrZero | None = None  # linear from 0, once, at step 0
     warmup_epochs: NonNegative | None = None
-    min_lr: NonNegative = 0.0
-    milestones: tuple[Count, ...] = ()  # steps at which a multistep schedule multiplies by gamma
+    min_lr: NonNegative = 0.0  # kind=cosine: where it ends
+    milestones: tuple[Count, ...] = ()  # kind=multistep: steps at which it multiplies by gamma
     gamma: Positive = 0.1
 
     @model_validator(mode="after")
@@ -199,6 +206,8 @@ class Schedule(Section):
             raise ValueError("give exactly one of warmup_steps and warmup_epochs")
         if self.milestones and self.kind != "multistep":
             raise ValueError(f"milestones belong to kind=multistep, kind is {self.kind}")
+        if self.min_lr and self.kind != "cosine":
+            raise ValueError(f"min_lr belongs to kind=cosine, kind is {self.kind}")
         if self.kind == "multistep" and not self.milestones:
             raise ValueError("kind=multistep needs milestones")
         if list(self.milestones) != sorted(set(self.milestones)):
@@ -391,6 +400,12 @@ class SamConfig(Run):
         problems = _averaging_problems(self) + _schedule_problems(self)
         if self.model.image_size % 16:
             problems.append(f"model.image_size={self.model.image_size} is no multiple of the patch size 16")
+        if self.loss.resolution < self.model.image_size // 8:
+            problems.append(
+                f"loss.resolution={self.loss.resolution} leaves logits unread: with model.image_size="
+                f"{self.model.image_size} there are {self.model.image_size // 4} a side; give half of that or more"
+            )
+        problems += _untrained_answers(self)
         if self.loss.focal + self.loss.dice == 0:
             problems.append("loss.focal and loss.dice are both 0: the masks would learn nothing")
         if self.data.holdout_images == 0 and self.data.eval_shards is None:
@@ -412,14 +427,42 @@ class SamConfig(Run):
 
 def _schedule_problems(config: Run) -> list[str]:
     """An end above the peak; milestones that are never reached, where the length is given in steps."""
-    if config.schedule.min_lr > config.optim.lr and not config.optim.lr_per_256:
-        return [f"schedule.min_lr={config.schedule.min_lr} is above optim.lr={config.optim.lr}"]
+    peak = config.optim.lr * (config.batch.global_size / 256 if config.optim.lr_per_256 else 1.0)
+    if config.schedule.min_lr > peak:
+        scaled = " times batch.global_size / 256" if config.optim.lr_per_256 else ""
+        return [f"schedule.min_lr={config.schedule.min_lr} is above the peak {peak:g}, optim.lr{scaled}"]
     steps = [phase.steps for phase in config.phases]
     known = sum(count for count in steps if count is not None)
     late = [milestone for milestone in config.schedule.milestones if milestone >= known]
     if None in steps or not late:
         return []
     return [f"schedule.milestones {late} lie beyond the last of {known} steps: shorten them as the phases were"]
+
+
+def _untrained_answers(config: SamConfig) -> list[str]:
+    """Prompts that evaluation and users give, answered by a token which training never shows such a prompt."""
+    problems = []
+    loss, prompts = config.loss, config.prompts
+    if loss.multimask == "single":
+        if config.diagnostics.every_steps:
+            problems.append(
+                "diagnostics.every_steps looks at the three hypotheses, which loss.multimask=single does not train"
+            )
+        return problems
+    if loss.multimask_when == "always":
+        return problems
+    two_points = prompts.types.point > 0 and sum(prompts.num_points[1:]) > 0
+    two_corners = prompts.types.box > 0 and not loss.box_is_single_prompt
+    if prompts.rounds == 1 and not two_points and not two_corners:
+        problems.append(
+            "loss.multimask_when=single_prompt trains the single-mask token on later rounds or several points, and "
+            "there are none: set prompts.rounds to 2 or more, or loss.multimask_when=always"
+        )
+    if not (prompts.types.point or prompts.types.mask or prompts.types.none or loss.box_is_single_prompt):
+        problems.append(
+            "loss.box_is_single_prompt=false with boxes alone never trains the three hypotheses, which answer a click"
+        )
+    return problems
 
 
 def _averaging_problems(config: Run) -> list[str]:

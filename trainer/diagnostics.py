@@ -11,15 +11,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_tools import rle
 from model.prompt_encoder import Prompts
 from model.sam import Sam
 from trainer.config import SamConfig, SamLoss
-from trainer.losses import dice_loss, focal_loss, mask_iou
-from trainer.prompts import FOREGROUND, to_input
+from trainer.losses import dice_loss, focal_loss, mask_iou, resize_logits
+from trainer.prompts import FOREGROUND, content_mask, to_input
 
 OBJECTS_PER_IMAGE = 8  # evenly spaced from the smallest to the largest
 CLICK_RANKS = (0.3, 0.7)  # of an object's pixels, column by column: two clicks left and right of its middle
@@ -65,10 +64,10 @@ def diagnose(sam: Sam, config: SamConfig, batch: DiagnosticBatch) -> Tensor:
     embeddings = sam.encode_images(sam.normalize_images(batch.images, batch.image_sizes))
     first, second = (answer_to_click(sam, embeddings, batch.clicks[:, :, i]) for i in range(2))
     logits, predicted = first
-    content = content_of(batch, logits.shape[-1])
+    content = content_mask(batch.image_sizes, batch.images.shape[-1], logits.shape[-1])
     size = config.loss.resolution
     truth = batch.targets[:, :, None].expand(-1, -1, logits.shape[2], -1, -1)
-    true_iou = mask_iou(resize(logits, size), truth)  # (B, M, K)
+    true_iou = mask_iou(resize_logits(logits, size), truth)  # (B, M, K)
     best, chosen = true_iou.argmax(dim=-1, keepdim=True), predicted.argmax(dim=-1, keepdim=True)
     focal, dice, cosine = gradients(pick(logits, best), batch.targets, config.loss)
     shown = (pick(logits, chosen) > 0) & content
@@ -113,11 +112,12 @@ def answer_to_click(sam: Sam, embeddings: Tensor, clicks: Tensor) -> tuple[Tenso
 def gradients(logits: Tensor, targets: Tensor, settings: SamLoss) -> tuple[Tensor, Tensor, Tensor]:
     """Norms of the weighted focal and dice loss's gradients at the logits (B, M, h, w), and their cosine: (B, M) each.
 
-    A loss of weight 0 has the norm 0, and then the cosine is 0.
+    A loss of weight 0 has the norm 0, and then the cosine is 0. All pixels count, also where
+    `loss.sampled_points` trains on some of them.
     """
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
-        resized = F.interpolate(leaf, (settings.resolution,) * 2, mode="bilinear", align_corners=False)
+        resized = resize_logits(leaf, settings.resolution)
         focal = settings.focal * focal_loss(resized, targets, settings.focal_alpha, settings.focal_gamma)
         dice = settings.dice * dice_loss(resized, targets, settings.dice_smooth)
         pulls = [
@@ -145,16 +145,3 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 def pick(logits: Tensor, index: Tensor) -> Tensor:
     """(B, M, K, h, w) at (B, M, 1) to (B, M, h, w)."""
     return logits.gather(2, index[..., None, None].expand(-1, -1, 1, *logits.shape[-2:]))[:, :, 0]
-
-
-def resize(logits: Tensor, size: int) -> Tensor:
-    """(B, M, K, h, w) to (B, M, K, size, size), bilinear."""
-    flat = logits.flatten(0, 1)
-    return F.interpolate(flat, (size, size), mode="bilinear", align_corners=False).view(*logits.shape[:3], size, size)
-
-
-def content_of(batch: DiagnosticBatch, size: int) -> Tensor:
-    """Cells of a `size` grid over the input whose centre lies on the image, (B, 1, size, size) bool."""
-    centres = (torch.arange(size, device=batch.images.device) + 0.5) * (batch.images.shape[-1] / size)
-    rows, columns = centres[None] < batch.image_sizes[:, :1], centres[None] < batch.image_sizes[:, 1:]
-    return (rows[:, :, None] & columns[:, None, :])[:, None]

@@ -59,8 +59,8 @@ class View:
     """What a person should see of one answer, if kept: bitmaps (Y, X) and the IoUs that the network predicted."""
 
     shown: np.ndarray
-    hypotheses: list[np.ndarray]  # 3
-    predicted_ious: list[float]  # 3
+    hypotheses: list[np.ndarray]  # 3, or the single-mask token's where no other was trained
+    predicted_ious: list[float]  # of each
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,9 @@ class _Session:
         )
 
     def view(self, answer: _Answers, m: int) -> View:
-        bitmaps = self.bitmaps(answer.output.low_res_logits[:, m, 1:].float())
-        return View(answer.bitmaps[m], list(bitmaps), answer.output.iou_predictions[0, m, 1:].float().tolist())
+        tokens = slice(0, 1) if self.batch.single_token else slice(1, None)
+        bitmaps = self.bitmaps(answer.output.low_res_logits[:, m, tokens].float())
+        return View(answer.bitmaps[m], list(bitmaps), answer.output.iou_predictions[0, m, tokens].float().tolist())
 
     def oracle(self, output: SamOutput) -> list[float]:
         """IoU (M) of the best of the three hypotheses, at the original resolution."""

@@ -96,3 +96,12 @@ def read_at(logits: Tensor, points: Tensor) -> Tensor:
     flat = logits.flatten(0, 1)[:, None]
     grid = 2 * points[:, None] - 1  # (G K, 1, P, 2)
     return F.grid_sample(flat, grid, mode="bilinear", padding_mode="border", align_corners=False)[:, 0, 0]
+
+
+def resize_logits(logits: Tensor, size: int) -> Tensor:
+    """Bilinear resize of (..., h, w) logits to (..., size, size), in fp32 (half precision would move the edge)."""
+    logits = logits.float()
+    if logits.shape[-1] == size:
+        return logits
+    flat = logits.flatten(0, -3)[:, None]
+    return F.interpolate(flat, (size, size), mode="bilinear", align_corners=False).view(*logits.shape[:-2], size, size)

@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_inside(image, options.point, options.box)
         sam.to(single_process().device)
         if options.everything:
-            found = automatic_masks(sam, image, settings_of(options))
+            found = automatic_masks(sam, image, settings_of(options), single)
         else:
             single = single or (single_for_boxes and options.box is not None)
             found = [answer(sam, image, options.point, options.box, single)]
@@ -124,7 +124,7 @@ def load_sam(path: Path) -> tuple[Sam, bool, bool]:
         config = load_config(settings, check_paths=False)
         assert isinstance(config, SamConfig), "sam_size takes nothing else"
         single = config.loss.multimask == "single"
-        single_for_boxes = config.loss.multimask_when == "single_prompt" and not config.loss.box_is_single_prompt
+        single_for_boxes = config.loss.single_token_for_boxes
     return sam.eval(), single, single_for_boxes
 
 

@@ -63,7 +63,7 @@ def first_prompt(
     labels = np.full(len(counts), NO_POINT, np.int64)
     box = np.zeros(4, np.float32)
     if chosen == PromptType.BOX:
-        box[:] = noisy_box(input_box(mask, window, transform), draws[-4:], settings)
+        box[:] = inside(noisy_box(input_box(mask, window, transform), draws[-4:], settings), window, transform)
     elif chosen != PromptType.NONE:
         count = 1
         if chosen == PromptType.POINT:
@@ -78,7 +78,8 @@ def first_prompt(
 
 def pick(draw: float, shares: Sequence[float]) -> int:
     """Number of the share that `draw`, in [0, 1), falls into; the shares add up to 1."""
-    return min(bisect_right(list(accumulate(shares)), draw), len(shares) - 1)
+    last = max(number for number, share in enumerate(shares) if share)  # the sum may miss 1 by a rounding
+    return min(bisect_right(list(accumulate(shares)), draw), last)
 
 
 def to_input(pixel: tuple[int, int] | None, transform: rle.AxisTransform) -> tuple[float, float]:
@@ -99,6 +100,15 @@ def input_box(
     left, top = transform.apply(x0 + x, y0 + y)
     right, bottom = transform.apply(x0 + x + width, y0 + y + height)
     return min(left, right), min(top, bottom), max(left, right), max(top, bottom)
+
+
+def inside(
+    box: tuple[float, float, float, float], window: tuple[int, int, int, int], transform: rle.AxisTransform
+) -> np.ndarray:
+    """The part of a box on the image: nobody draws one beyond its edge."""
+    x0, y0, x1, y1 = window
+    corners = np.array([transform.apply(x0, y0), transform.apply(x1, y1)])  # flipped, the first is on the right
+    return np.clip(box, np.tile(corners.min(axis=0), 2), np.tile(corners.max(axis=0), 2))
 
 
 def noisy_box(
@@ -129,6 +139,16 @@ def later_rounds_with_click(settings: Prompts, rng: np.random.Generator) -> np.n
         others = rng.permutation(len(clicks) - 1)
         clicks[others[: settings.rounds_without_click - 1]] = False
     return clicks
+
+
+def content_mask(image_sizes: Tensor, input_size: int, size: int) -> Tensor:
+    """Cells of a `size` grid over the input whose centre lies on the image and not on padding, (B, 1, s, s) bool.
+
+    image_sizes: (B, 2), height and width of the image in the input.
+    """
+    centres = (torch.arange(size, device=image_sizes.device) + 0.5) * (input_size / size)
+    rows, columns = centres[None] < image_sizes[:, :1], centres[None] < image_sizes[:, 1:]
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 @torch.no_grad()

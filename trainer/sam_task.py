@@ -26,16 +26,21 @@ from trainer.losses import (
     mask_iou,
     mean_per_image,
     mean_per_mask,
+    resize_logits,
     sample_points,
 )
-from trainer.prompts import NO_POINT, next_click
+from trainer.prompts import NO_POINT, content_mask, next_click
 
 SINGLE, MULTI = 0, slice(1, 4)  # mask tokens: one for an unambiguous prompt, three for an ambiguous one
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one round earned each mask, (B, M) each; `answer` (B, M, h, w) is what the next round builds on."""
+    """What one round earned each mask, (B, M) each; `answer` (B, M, h, w) is what the next round builds on.
+
+    The parts are those of the mask that was trained: of three hypotheses the one of least loss, chosen with the truth.
+    So `iou` is an oracle's and not what a user would be shown, which evaluation scores.
+    """
 
     loss: Tensor
     focal: Tensor
@@ -84,7 +89,7 @@ class SamTask(nn.Module):
         if isinstance(batch, DiagnosticBatch):
             return diagnose(self.sam, self.config, batch)
         image_embeddings = self.encode(batch)
-        content = content_mask(batch, batch.masks.shape[-1])
+        content = content_mask(batch.image_sizes, batch.images.shape[-1], batch.masks.shape[-1])
         prompts = self.first_prompts(image_embeddings, batch)
         rounds = self.config.prompts.rounds
         losses, metrics = [], {}
@@ -101,7 +106,9 @@ class SamTask(nn.Module):
         """Images to embeddings (B, C, H/16, W/16); a frozen encoder runs without a graph, or ran before."""
         if batch.image_embeddings.numel():
             return batch.image_embeddings.float()
-        images = jitter_colors(batch.images, batch.color_factors) if self.config.data.color_jitter else batch.images
+        images = batch.images
+        if self.config.data.color_jitter:
+            images = jitter_colors(images, batch.color_factors, batch.image_sizes)
         images = self.sam.normalize_images(images, batch.image_sizes)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "image_encoder" not in self.frozen):
             return self.sam.encode_images(images, batch.drop_path_uniforms)
@@ -173,7 +180,7 @@ class SamTask(nn.Module):
 
         ambiguous = num_prompts(prompts, settings.box_is_single_prompt) <= 1
         if alone:
-            loss, shown = total[..., SINGLE], torch.zeros_like(ambiguous, dtype=torch.int64)[..., None]
+            loss, trained = total[..., SINGLE], torch.zeros_like(ambiguous, dtype=torch.int64)[..., None]
         else:
             best = 1 + choose_by[..., MULTI].argmin(dim=-1, keepdim=True)
             three = pick(total, best) if settings.multimask == "best" else total[..., MULTI].mean(dim=-1)
@@ -181,16 +188,16 @@ class SamTask(nn.Module):
                 three = pick(mask_part, best) + settings.iou * iou_error[..., MULTI].mean(dim=-1)
             if settings.multimask_when == "always":
                 # Token 0 would stay untrained in the document's recipe; it learns from the unambiguous prompts.
-                loss, shown = three + total[..., SINGLE] * ~ambiguous, best
+                loss, trained = three + total[..., SINGLE] * ~ambiguous, best
             else:
                 loss = torch.where(ambiguous, three, total[..., SINGLE])
-                shown = torch.where(ambiguous[..., None], best, SINGLE)
+                trained = torch.where(ambiguous[..., None], best, SINGLE)
         return Scores(
             loss,
-            pick(focal, shown).detach(),
-            pick(dice, shown).detach(),
-            pick(iou_error, shown).detach(),
-            pick(true_iou, shown),
+            pick(focal, trained).detach(),
+            pick(dice, trained).detach(),
+            pick(iou_error, trained).detach(),
+            pick(true_iou, trained),
             (answers[:, :, SINGLE] if alone else self.answer(output, ambiguous)).detach(),
         )
 
@@ -245,23 +252,6 @@ def num_prompts(prompts: PromptBatch, box_is_single: bool = True) -> Tensor:
 def pick(values: Tensor, index: Tensor) -> Tensor:
     """(B, M, K) at (B, M, 1) to (B, M)."""
     return values.gather(-1, index)[..., 0]
-
-
-def resize_logits(logits: Tensor, size: int) -> Tensor:
-    """Bilinear resize of (..., h, w) logits to (..., size, size), in fp32 (half precision would move the edge)."""
-    logits = logits.float()
-    if logits.shape[-1] == size:
-        return logits
-    flat = logits.flatten(0, -3)[:, None]
-    return F.interpolate(flat, (size, size), mode="bilinear", align_corners=False).view(*logits.shape[:-2], size, size)
-
-
-def content_mask(batch: SamBatch, size: int) -> Tensor:
-    """Cells of a `size` grid over the input whose centre lies on the image and not on padding, (B, 1, s, s) bool."""
-    centres = (torch.arange(size, device=batch.images.device) + 0.5) * (batch.images.shape[-1] / size)
-    rows = centres[None, :] < batch.image_sizes[:, :1]
-    columns = centres[None, :] < batch.image_sizes[:, 1:]
-    return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 def pad_points(coords: Tensor, labels: Tensor, num_more: int) -> tuple[Tensor, Tensor]:

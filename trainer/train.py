@@ -378,6 +378,10 @@ def announce(config: Config, pipeline: Pipeline, ends: list[int], world: World, 
         f"{world.size} ranks x {num_micro_batches(config, world)} micro-batches of at most {batch.micro} images on "
         f"{world.device}, {config.data.workers} loader workers a rank"
     )
+    if (idle := world.size - batch.global_size) > 0:
+        logger.say(
+            f"WARNING: {idle} of {world.size} ranks have no image to train on: batch.global_size is {batch.global_size}"
+        )
     for phase, end in zip(config.phases, ends, strict=True):
         logger.say(f"phase {phase.name} to step {end}, frozen: {', '.join(phase.frozen) or 'nothing'}")
 

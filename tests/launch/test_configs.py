@@ -1,6 +1,7 @@
 """Every shipped config loads, and every setting does something."""
 
 import ast
+import re
 import typing
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def test_config_loads_and_its_dump_loads_back_equal(path, tmp_path):
 def test_header_has_the_command(path):
     header = path.read_text().split("stage:")[0]
     assert str(path.relative_to(ROOT)) in header or f"launch/{path.stem}.slurm" in header
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "sbatch" in path.read_text()], ids=lambda path: path.name)
+def test_the_batch_job_in_the_header_has_an_image_for_every_gpu(path):
+    header = next(line for line in path.read_text().splitlines() if "sbatch" in line)
+    script = (ROOT / re.search(r"launch/\w+\.slurm", header)[0]).read_text()
+    nodes, per_node = (
+        int(re.search(rf"--{option}=(\d+)", text)[1])
+        for option, text in (("nodes", header if "--nodes" in header else script), ("ntasks-per-node", script))
+    )
+    assert load_config(path, check_paths=False).batch.global_size >= nodes * per_node
 
 
 def test_mae_recipe_adds_up(tmp_path):

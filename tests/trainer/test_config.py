@@ -101,7 +101,27 @@ def test_wrong_type_or_range(good, override, place):
             "schedule.milestones [9] lie beyond the last of 9 steps",
         ),
         (["model.drop_path=1.0"], "model.drop_path"),
-        (["schedule.min_lr=1"], "schedule.min_lr=1.0 is above optim.lr"),
+        (["schedule.min_lr=1"], "schedule.min_lr=1.0 is above the peak"),
+        (
+            ["schedule.min_lr=1e-4", "optim.lr_per_256=true", "batch.global_size=8", "optim.lr=1e-3"],
+            "schedule.min_lr=0.0001 is above the peak 3.125e-05, optim.lr times batch.global_size / 256",
+        ),
+        (["schedule.kind=constant", "schedule.min_lr=1e-9"], "min_lr belongs to kind=cosine, kind is constant"),
+        (["data.color_jitter=1.5"], "data.color_jitter"),
+        (["loss.resolution=7", "model.image_size=64"], "loss.resolution=7 leaves logits unread"),
+        (
+            ["loss.multimask_when=single_prompt", "prompts.rounds=1", "prompts.num_points=[1]"],
+            "loss.multimask_when=single_prompt trains the single-mask token on later rounds",
+        ),
+        (
+            [
+                "loss.multimask_when=single_prompt",
+                "loss.box_is_single_prompt=false",
+                "prompts.types={point: 0, box: 1, mask: 0, none: 0}",
+            ],
+            "with boxes alone never trains the three hypotheses",
+        ),
+        (["loss.multimask=single", "diagnostics.every_steps=5"], "diagnostics.every_steps looks at the three"),
         (["data.max_mask_area=0"], "data.max_mask_area"),
         (["loss.dice_smooth=0"], "loss.dice_smooth"),
         (["model.image_size=100"], "model.image_size=100 is no multiple"),

@@ -1,5 +1,6 @@
 """Automatic masks against the released generator with the same weights; the command as a user runs it."""
 
+import copy
 import json
 
 import numpy as np
@@ -107,6 +108,20 @@ def test_the_masks_are_those_of_the_released_generator(networks, photo, name):
         assert mine.stability == pytest.approx(theirs_one["stability_score"], abs=1e-3)
         x0, y0, x1, y1 = mine.box
         np.testing.assert_allclose([x0, y0, x1 - x0, y1 - y0], theirs_one["bbox"], atol=1)
+
+
+def test_a_network_of_the_single_token_is_asked_by_it_alone(networks, photo):
+    """Where `loss.multimask=single` trained no other, the others must not count."""
+    ours = copy.deepcopy(networks[0])
+    before = automatic_masks(ours, photo, OPEN, single=True)
+    assert len(before) == OPEN.points_per_side**2
+    with torch.no_grad():
+        for untrained in ours.mask_decoder.output_hypernetworks_mlps[1:]:
+            untrained.layers[-1].weight.zero_()
+    assert automatic_masks(ours, photo, OPEN, single=True) == before
+    with torch.no_grad():
+        ours.mask_decoder.output_hypernetworks_mlps[0].layers[-1].weight.neg_()
+    assert automatic_masks(ours, photo, OPEN, single=True) != before
 
 
 def test_other_settings_give_other_masks(networks, photo):

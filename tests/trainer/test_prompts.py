@@ -15,6 +15,7 @@ from trainer.prompts import (
     later_rounds_with_click,
     next_click,
     num_draws,
+    pick,
 )
 
 P_VALUE = 1e-4  # a correct sampler fails one such test in ten thousand; seeds are fixed, so never by chance again
@@ -67,6 +68,32 @@ def test_box_noise_stays_within_its_limits():
     assert np.abs(normal).max() <= 4.0 + 1e-5
     # A deviation of 10 % of sides of 24 and 20; cutting at 4 takes 10 and 5 % off it (1.67 and 2 deviations).
     np.testing.assert_allclose(normal.std(axis=0), [2.4 * 0.902, 2.0 * 0.959] * 2, rtol=0.04)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "normal"])
+def test_a_noisy_box_stays_on_the_image(kind):
+    """Of a mask that covers it, also where it is flipped; the rest of the input is padding."""
+    settings = Prompts(
+        types=TypeProbabilities(point=0, box=1, mask=0, none=0), box_noise=0.1, box_noise_kind=kind, num_points=(1.0,)
+    )
+    mask = rle.from_bitmap(np.ones((20, 30), bool))
+    rng = np.random.default_rng(0)
+    for transform in (rle.AxisTransform(2.0, 2.0, 0.0, 0.0), rle.AxisTransform(-2.0, 2.0, 60.0, 0.0)):
+        boxes = np.array(
+            [
+                first_prompt(mask, (0, 0, 30, 20), transform, rng.random(num_draws(settings)), settings).box
+                for _ in range(200)
+            ]
+        )
+        assert (boxes >= 0).all()
+        assert (boxes <= [60, 40, 60, 40]).all()
+        assert (boxes[:, :2] < boxes[:, 2:]).all()
+        assert (boxes[:, 0] > 0).any(), "noise that leads inside is kept"
+
+
+def test_a_share_of_nothing_is_never_drawn():
+    """Shares may miss 1 by a rounding, and a draw may come that close."""
+    assert pick(0.99999995, (0.3333333, 0.6666666, 0.0, 0.0)) == 1
 
 
 def test_clicks_are_uniform_over_the_error_and_labelled_by_the_truth():

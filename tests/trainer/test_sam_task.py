@@ -16,10 +16,12 @@ from tests.trainer.tiny import sam_arguments
 from trainer.config import load_config
 from trainer.data.eval_data import evaluation_batch, evaluation_rows
 from trainer.interactive import best_predicted
-from trainer.sam_task import content_mask, num_prompts
+from trainer.prompts import content_mask
+from trainer.sam_task import num_prompts
 from trainer.stages import build_pipeline, build_task
 
-ONLY_BOXES = "prompts.types={point: 0, box: 1, mask: 0, none: 0}"
+# Boxes alone in one round are refused: the single token would stay untrained. A point in a million is none.
+ONLY_BOXES = "prompts.types={point: 0.000001, box: 0.999999, mask: 0, none: 0}"
 
 
 def make(scenes, tmp_path, *more: str):
@@ -241,7 +243,8 @@ def test_a_click_lies_at_the_centre_of_its_cell(scenes, tmp_path, resolution):
     x, y = 5, 9
     batch.masks[..., y, x] = 1
     prompts = task.first_prompts(torch.zeros(1, 128, 4, 4), batch)
-    clicked = task.add_click(prompts, torch.full((1, 3, 16, 16), -1.0), content_mask(batch, resolution), batch, 0)
+    content = content_mask(batch.image_sizes, batch.images.shape[-1], resolution)
+    clicked = task.add_click(prompts, torch.full((1, 3, 16, 16), -1.0), content, batch, 0)
     cell = 64 / resolution
     assert clicked.point_coords[0, :, -1].tolist() == [[(x + 0.5) * cell - 0.5, (y + 0.5) * cell - 0.5]] * 3
     assert clicked.point_labels[0, :, -1].tolist() == [1] * 3

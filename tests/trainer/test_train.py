@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,10 @@ from tests.trainer.tiny import losses, mae_arguments, sam_arguments, samples
 from trainer import loop, train
 from trainer.checkpoint import Checkpointer, load_weights
 from trainer.checkpoint_files import read_scores
+from trainer.config import load_config
 from trainer.distributed import single_process
+from trainer.metrics import Logger
+from trainer.stages import build_pipeline
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -202,6 +206,18 @@ def test_weights_that_are_not_finite_at_the_end_of_a_phase_end_the_run(scenes, t
     phases = "phases=[{name: short, steps: 2}, {name: long, steps: 4}]"
     assert train.main(mae_arguments(scenes, tmp_path, *settings, phases)) == 70
     assert "phase short has reached step 2, but the checkpoint there cannot be used" in capsys.readouterr().err
+
+
+def test_ranks_without_an_image_are_named(scenes, tmp_path, capsys):
+    arguments = mae_arguments(scenes, tmp_path / "run", "batch.global_size=4")
+    config = load_config(Path(arguments[0]), arguments[1:])
+    for size in (4, 6):
+        world = replace(single_process("cpu"), size=size)
+        logger = Logger(tmp_path / "run", world)
+        train.announce(config, build_pipeline(config), [6], world, logger)
+        logger.close()
+        said = "WARNING: 2 of 6 ranks have no image to train on: batch.global_size is 4"
+        assert (said in capsys.readouterr().out) == (size == 6)
 
 
 def test_a_run_that_trains_nothing_says_so(scenes, tmp_path, capsys):

@@ -74,7 +74,7 @@ def evaluation_batch(reader: ShardReader, rows: np.ndarray, config: SamConfig, k
         single_token=config.loss.multimask == "single",
         masks_at_once=config.data.max_masks,
         keep_masks=keep_masks,
-        single_token_for_boxes=config.loss.multimask_when == "single_prompt" and not config.loss.box_is_single_prompt,
+        single_token_for_boxes=config.loss.single_token_for_boxes,
     )
 
 

@@ -6,6 +6,7 @@ import math
 import numba
 import numpy as np
 import simplejpeg
+import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -183,15 +184,19 @@ def needed_size(size: int, source_window: float, output: int) -> int:
     return min(size, math.ceil(size * output / source_window))
 
 
-def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
+def jitter_colors(images: Tensor, factors: Tensor, content_sizes: Tensor | None = None) -> Tensor:
     """Brightness, contrast and saturation of uint8 or float images (B, 3, H, W) by `factors` (B, 3); float32 0..255.
 
     The three in this fixed order, each clipped to the range, as torchvision defines them (its order is random).
-    Zero padding stays zero only for brightness: pad after, or mask as `Sam.normalize_images` does.
+    `content_sizes` (B, 2): height and width of what is not zero padding; the padding counts for no mean, and does not
+    stay zero: mask as `Sam.normalize_images` does.
     """
     brightness, contrast, saturation = (factors[:, i, None, None, None] for i in range(3))
     images = (images.float() * brightness).clamp(0, 255)
-    mean = grey_of(images).mean((2, 3), keepdim=True)
+    if content_sizes is None:
+        content_sizes = torch.tensor([images.shape[2:]], device=images.device)
+    num_pixels = content_sizes.prod(dim=1).clamp(min=1)[:, None, None, None]
+    mean = grey_of(images).sum((2, 3), keepdim=True) / num_pixels  # padding is 0 still and adds nothing
     images = (mean + (images - mean) * contrast).clamp(0, 255)
     grey = grey_of(images)
     return (grey + (images - grey) * saturation).clamp(0, 255)

@@ -27,7 +27,8 @@ from trainer.config import Config, MaeConfig, SamConfig
 from trainer.data.batches import Batch, MaeBatch, SamBatch
 from trainer.mae_task import MaeTask
 from trainer.parallel.precision import autocast
-from trainer.sam_task import SamTask, content_mask
+from trainer.prompts import content_mask
+from trainer.sam_task import SamTask
 from trainer.stages import build_task, encoder_depth
 
 
@@ -238,7 +239,7 @@ def simulate(config: Config, images: int = 1, masks: int = 1) -> Simulation:
             output = encoded.detach().requires_grad_()
             if isinstance(task, SamTask):
                 prompts = task.first_prompts(output, batch)
-                content = content_mask(batch, batch.masks.shape[-1])
+                content = content_mask(batch.image_sizes, batch.images.shape[-1], batch.masks.shape[-1])
                 if rounds > 1:
                     with stretch(watch) as first:
                         scores = task._checkpointed_round(output, prompts, batch, 0)

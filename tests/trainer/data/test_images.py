@@ -189,6 +189,20 @@ def test_color_jitter_equals_torchvisions(factors):
     torch.testing.assert_close(found[1:], images[1:].float() / 255, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("factors", [(1.2, 0.8, 1.1), (1.0, 1.3, 0.5)])
+def test_color_jitter_of_a_padded_picture_is_that_of_the_picture(factors):
+    """Contrast turns about the mean of the picture; padding would make it brightness too."""
+    picture = torch.from_numpy(PICTURE.copy()).permute(2, 0, 1)[None]
+    _, _, height, width = picture.shape
+    padded = torch.zeros(2, 3, max(height, width) + 9, max(height, width) + 9, dtype=torch.uint8)
+    padded[:1, :, :height, :width] = picture  # the second fills up a batch and has no content
+    sizes = torch.tensor([(height, width), (0, 0)])
+    found = jitter_colors(padded, torch.tensor([factors] * 2), sizes)
+    alone = jitter_colors(picture, torch.tensor([factors]))
+    torch.testing.assert_close(found[:1, :, :height, :width], alone, rtol=0, atol=1e-3)  # sums in another order
+    assert found.isfinite().all()
+
+
 def test_masks_lie_on_the_pixels_as_stored():
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 3

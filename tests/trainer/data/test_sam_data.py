@@ -15,7 +15,7 @@ from trainer.data.images import SampleError
 from trainer.data.mae_data import random_crop
 from trainer.data.sam_data import SamDataset, place
 from trainer.data.shards import ShardReader
-from trainer.sam_task import content_mask
+from trainer.prompts import content_mask
 from trainer.stages import build_pipeline
 
 
@@ -143,7 +143,7 @@ def test_placement_keeps_the_aspect_and_fits_the_input(height, width, scale):
 def test_content_excludes_padding(scenes, tmp_path):
     batch = dataset(scenes, tmp_path, "data.scale_jitter=[0.5,0.5]")[[0]]
     assert batch.image_sizes.tolist() == [[32, 32]]
-    content = content_mask(batch, 16)
+    content = content_mask(batch.image_sizes, batch.images.shape[-1], 16)
     assert content.sum() == 64
     assert content[0, 0, :8, :8].all()
 
