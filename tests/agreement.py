@@ -88,7 +88,7 @@ class Bench:
             "engine.deterministic=true", *self.overrides, *case.settings(),
         )  # fmt: skip
         processes = Ranks(run.with_suffix(".logs"), arguments, case.ranks, ERRORS.get(case.error))
-        codes = processes.wait(300.0)
+        codes = processes.wait(1200.0)  # the first time DeepSpeed compiles its optimizer for the CPU
         assert not any(codes), f"{case} ended with {codes}: {processes.output()[-3000:]}"
         return run
 
