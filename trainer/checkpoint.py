@@ -91,7 +91,7 @@ class Checkpointer:
         self.world = world
         self.num_failed = 0  # saves of this process that did not get through
         self.stall_seconds = 0.0  # what the last save cost training
-        self.hold: int | None = None  # the newest good checkpoint of at most this step stays: a rollback goes there
+        self.hold: tuple[int, ...] = ()  # of each of these steps the newest good checkpoint from before it stays
         self.still_saving: Callable[[], None] = lambda: None  # called now and again while training waits for a save
         self._started = 0.0  # when the last save began, monotonic seconds
         self._thread: threading.Thread | None = None

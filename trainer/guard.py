@@ -191,9 +191,11 @@ class Guard:
         self._lag = lag
         return verdict
 
-    def first_skipped(self) -> int | None:
-        """The step that a rollback would go back to, if one were asked for now; None if none was skipped of late."""
-        return self._skipped[0] if self._skipped else None
+    def skipped_steps(self) -> tuple[int, ...]:
+        """The steps skipped of late, oldest first. A rollback goes back to before the first of them; when that one is
+        long past, to before the next.
+        """
+        return tuple(self._skipped)
 
     def asked_in_evaluation(self) -> bool:
         """Whether this rank was asked to stop; an evaluation asks after each image, which is also progress."""

@@ -108,7 +108,7 @@ def train(
             guard.at("settle", step)
             if guard.settle() is Outcome.ROLL_BACK:
                 return Outcome.ROLL_BACK
-            checkpointer.hold = guard.first_skipped()
+            checkpointer.hold = guard.skipped_steps()
         guard.at("save", step)
         saved = save_if_due(done, stop, plan, engine, checkpointer)
         if evaluation_due and not stop:

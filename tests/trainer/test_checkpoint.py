@@ -316,7 +316,7 @@ def test_going_back_sets_aside_what_is_newer(engine: Engine, tmp_path: Path) -> 
 def test_where_a_rollback_would_go_is_kept(engine: Engine, tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, keep_last=1, world=WORLD)
     for step in (1, 2, 3, 4):
-        checkpointer.hold = 2 if step > 2 else None
+        checkpointer.hold = (2,) if step > 2 else ()
         checkpointer.save(engine, state_at(step))
     assert names(checkpointer) == ["LATEST", "step_00000002", "step_00000004"]
 
@@ -326,10 +326,10 @@ def test_where_a_rollback_would_go_is_kept(engine: Engine, tmp_path: Path) -> No
     data=st.data(),
     keep_last=st.integers(1, 4),
     every=st.none() | st.integers(1, 20),
-    hold=st.none() | st.integers(0, 60),
+    hold=st.sets(st.integers(0, 60), max_size=5),
 )
 def test_laws_of_retention(
-    steps: set[int], data: st.DataObject, keep_last: int, every: int | None, hold: int | None
+    steps: set[int], data: st.DataObject, keep_last: int, every: int | None, hold: set[int]
 ) -> None:
     newest = data.draw(st.sampled_from(sorted(steps)))
     good = data.draw(st.sets(st.sampled_from(sorted(steps))))
@@ -339,12 +339,39 @@ def test_laws_of_retention(
     assert newest not in gone
     assert len(left) >= min(keep_last, len(good))  # so the last finite one is never deleted
     assert not good or max(good) in left
-    before = {step for step in good if hold is not None and step <= hold}
-    assert not before or max(before) in left
+    for skipped in hold:
+        before = {step for step in good if step <= skipped}
+        assert not before or max(before) in left
     assert not any(every and step % every == 0 for step in gone & good)
     assert not scores.keys() & good or max(scores.get(step, -1) for step in left) == max(
         scores[step] for step in scores.keys() & good
     )
+
+
+@given(
+    skips=st.sets(st.integers(0, 119)),
+    every=st.integers(1, 15),
+    keep_last=st.integers(1, 3),
+    window=st.integers(1, 60),
+)
+def test_where_a_rollback_would_go_is_there_at_any_step(
+    skips: set[int], every: int, keep_last: int, window: int
+) -> None:
+    """Over many saves, while skipped steps come into the guard's window and leave it again."""
+    ever: list[int] = []
+    there: list[int] = []
+    in_window: list[int] = []
+    for step in range(120):
+        in_window = [skipped for skipped in in_window if skipped > step - window] + [step] * (step in skips)
+        if in_window:
+            wanted = max((saved for saved in ever if saved <= in_window[0]), default=None)
+            assert wanted is None or wanted in there
+        done = step + 1
+        if done % every == 0:
+            ever.append(done)
+            there.append(done)
+            gone = to_delete(there, there, done, keep_last, None, {}, in_window)
+            there = [saved for saved in there if saved not in gone]
 
 
 def test_replicas_share_the_copy_of_what_all_have() -> None:

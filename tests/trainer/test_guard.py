@@ -50,7 +50,7 @@ def test_skipped_steps_past_the_budget_roll_back_and_then_give_up(tmp_path: Path
         (step, "skipped", [f"key{step}"]) for step in (1, 3, 4)
     ]
     guard.begin()
-    assert guard.first_skipped() is None
+    assert guard.skipped_steps() == ()
     with pytest.raises(GaveUp, match="max_rollbacks=1"):
         run_steps(guard, [nan] * 3)
 
@@ -93,7 +93,7 @@ def test_what_is_not_judged_yet_is_settled_before_a_save(tmp_path: Path) -> None
         guard.note_step(step, torch.tensor(loss), torch.tensor(loss), [f"key{step}"])
         if step < 2:
             assert guard.settle() is None
-            assert guard.first_skipped() == 0
+            assert guard.skipped_steps() == (0,)
     assert guard.settle() is Outcome.ROLL_BACK
     assert guard.healthy_until == 0
 
@@ -101,10 +101,10 @@ def test_what_is_not_judged_yet_is_settled_before_a_save(tmp_path: Path) -> None
 def test_a_skipped_step_is_forgotten_after_a_while(tmp_path: Path) -> None:
     guard = attached(tmp_path, max_skipped=1)
     run_steps(guard, [math.nan] + [1.0] * (SKIP_WINDOW - 1))
-    assert guard.first_skipped() == 0
+    assert guard.skipped_steps() == (0,)
     guard.note_step(SKIP_WINDOW, torch.tensor(1.0), torch.tensor(1.0), [])
     guard.settle()
-    assert guard.first_skipped() is None
+    assert guard.skipped_steps() == ()
 
 
 def test_a_stop_on_any_rank_stops(tmp_path: Path) -> None:
