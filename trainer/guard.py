@@ -120,7 +120,9 @@ class Guard:
         self._skipped: deque[int] = deque()
         self._num_searching = 0 if self.growth_steps else None  # skipped steps of fp16's first search; None: it is over
         self._num_good = 0  # steps in a row, as fp16 counts them
-        self._scale_grew = False  # and no step was skipped since
+        # And no step was skipped since. At first it may have: a scale that was restored goes on counting from where it
+        # was, which nobody here knows, and grows before as many steps were good here.
+        self._scale_grew = self.growth_steps is not None
         self._spikes = SpikeDetector(self.settings.spike_deviations)
         # On a GPU a step's results are read one step later, when they are there: reading never waits.
         self._lag = 1 if self.world.device.type == "cuda" else 0
@@ -225,11 +227,11 @@ class Guard:
 
         A gradient that is not finite whatever the scale would else hide behind that for ever: good steps lie between.
         """
-        self._num_good = 0
+        self._num_good = 0  # as the scale itself counts after a step that is skipped
+        grew, self._scale_grew = self._scale_grew, False
         if self._num_searching is not None:
             self._num_searching += 1
             return self._num_searching <= MAX_SCALE_SEARCH
-        grew, self._scale_grew = self._scale_grew, False
         return grew
 
     def _count_skipped(self, pending: Pending, bad_losses: int) -> None:
