@@ -133,7 +133,9 @@ def run(config: Config, world: World, guard: Guard) -> bool:
     newest = checkpointer.to_go_on_from()
     if newest:
         # Before anything is written: a mistaken start must not touch the run.
-        check_recipe(read_run_state(newest).recipe, recipe(config, pipeline), config.resume.allow_change, newest)
+        state = read_run_state(newest)
+        check_recipe(state.recipe, recipe(config, pipeline), config.resume.allow_change, newest)
+        check_not_past_the_end(newest, state.step, ends[-1], config.batch.global_size)
     logger = Logger(config.run_dir, world)
     announce(config, pipeline, ends, world, logger)
     fp16 = config.engine.precision in ("fp16", "deepspeed_fp16")
@@ -150,7 +152,7 @@ def run(config: Config, world: World, guard: Guard) -> bool:
                 newest = checkpointer.newest()
             state = read_run_state(newest) if newest else RunState(step=0, samples_seen=0, phase=0)
             phase = next((number for number, end in enumerate(ends) if state.step < end), None)
-            if phase is None and (state.step > ends[-1] or is_finished(config.run_dir, state.step, world)):
+            if phase is None and is_finished(config.run_dir, state.step, world):
                 return True
             if phase is None:
                 phase = len(ends) - 1  # of which a signal has left the last evaluation undone
@@ -168,6 +170,16 @@ def run(config: Config, world: World, guard: Guard) -> bool:
         guard.detach()
         logger.close()
     return False
+
+
+def check_not_past_the_end(newest: Path, step: int, last_step: int, global_size: int) -> None:
+    """Raises `ValueError` where an allowed change has made the run shorter than it has been: that is not done."""
+    if step > last_step:
+        raise ValueError(
+            f"checkpoint {newest} is at step {step}, past the run's last step, {last_step}: make phases longer. "
+            f"Lengths in epochs are counted from step 0 with batch.global_size={global_size}; after a change of it "
+            "give them in steps"
+        )
 
 
 def check_end(checkpointer: Checkpointer, phase: str, end: int) -> None:

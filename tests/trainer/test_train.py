@@ -293,6 +293,20 @@ def test_a_change_that_is_named_is_allowed_and_the_samples_go_on(scenes, sam_run
     assert train.main(sam_arguments(scenes, tmp_path / "run", *changed)) == 0  # the recipe now is the changed one
 
 
+def test_a_checkpoint_past_the_end_of_the_run_is_an_error(scenes, mae_run, tmp_path, capsys):
+    """Epochs are counted anew with another batch, and the run would end with code 0 where it had only begun."""
+    run_dir = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(mae_run), str(run_dir)], check=True)
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    changed = ["batch.global_size=8", "phases=[{name: pretrain, epochs: 1}]"]
+    allowed = "resume.allow_change=[phases, batch.global_size]"
+    assert train.main(mae_arguments(scenes, run_dir, *changed, allowed)) == 2
+    said = capsys.readouterr().err
+    assert "step_00000006 is at step 6, past the run's last step, 3" in said
+    assert "counted from step 0 with batch.global_size=8" in said
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
 def test_what_decides_what_is_learned_is_in_the_recipe(scenes):
     config = train.load_config(*split(sam_arguments(scenes, Path("unused"))))
     found = train.recipe(config, train.build_pipeline(config))
