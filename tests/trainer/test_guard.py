@@ -148,6 +148,42 @@ def test_who_is_slow() -> None:
     assert slow_ranks([1.0], 1.5) == []
 
 
+# Two ranks that hang, each in a fork of its own. SIGALRM ends one that its watchdog does not.
+TWO_THAT_HANG = """
+import os, signal, sys, time
+from pathlib import Path
+from trainer.distributed import single_process
+from trainer.watchdog import Watchdog
+
+def stderr_is_full(folder):
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+
+def disk_does_not_answer(folder):  # whoever opens a FIFO without a counterpart waits
+    for name in ("rank_00000", "rank_00000.tmp"):
+        os.mkfifo(folder / name)
+
+for case in (stderr_is_full, disk_does_not_answer):
+    folder = Path(sys.argv[1], case.__name__)
+    folder.mkdir()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        case(folder)
+        Watchdog(folder, single_process("cpu"), hang_minutes=0.01).start()
+        while True:
+            time.sleep(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_nothing_that_the_watchdog_waits_for_keeps_it_from_ending_the_rank(tmp_path: Path) -> None:
+    """What makes a rank hang may well be the disk that the report is read from or written to."""
+    command = [sys.executable, "-c", TWO_THAT_HANG, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=90)
+    assert done.stdout.split() == ["76", "76"], done.stderr
+    assert "no progress" in done.stderr
+
+
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=9), st.floats(1.1, 4))
 def test_fewer_than_half_of_the_ranks_are_slow(seconds: list[float], factor: float) -> None:
     assert len(slow_ranks(seconds, factor)) <= len(seconds) / 2
