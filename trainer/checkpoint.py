@@ -300,12 +300,20 @@ class Checkpointer:
                 final.rename(replaced)
             partial.rename(final)
             sync_directory(self.directory)
-            replace_synced(self.directory / "LATEST", final.name + "\n")
-            shutil.rmtree(replaced, ignore_errors=True)
-            self._damaged.discard(final)
-            self._prune(step_of(final))
         except OSError as error:
             return str(error)
+        # It is there, and what goes wrong from here on costs no checkpoint: the next save does it.
+        self._damaged.discard(final)
+        try:
+            replace_synced(self.directory / "LATEST", final.name + "\n")
+            shutil.rmtree(replaced, ignore_errors=True)
+            self._prune(step_of(final))
+        except OSError as error:
+            log.error(
+                "step %d is saved, but LATEST or what is older could not be brought up to date: %s. Training goes on",
+                step_of(final),
+                error,
+            )
         if bad:
             log.error("checkpoint %s holds values that are not finite (%s ...); it will not be loaded", final, bad[0])
         return None
@@ -314,11 +322,13 @@ class Checkpointer:
         steps = {step_of(path): path for path in step_directories(self.directory)}
         good = self._good_steps()
         scores = read_scores(self.directory)
-        for step in to_delete(list(steps), good, newest, self.keep_last, self.keep_every_steps, scores, self.hold):
-            shutil.rmtree(steps[step])
-        for path in abandoned_directories(self.directory):
-            if step_of(path) <= newest:
+        old = to_delete(list(steps), good, newest, self.keep_last, self.keep_every_steps, scores, self.hold)
+        abandoned = [path for path in abandoned_directories(self.directory) if step_of(path) <= newest]
+        for path in [*(steps[step] for step in old), *abandoned]:
+            try:
                 shutil.rmtree(path)
+            except OSError as error:  # NFS keeps what somebody reads; the others go
+                log.warning("%s cannot be deleted: %s. The next save tries again", path, error)
         self._point_at_best()
 
     def _set_aside(self, after: int) -> None:

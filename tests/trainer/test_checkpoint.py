@@ -221,6 +221,45 @@ def test_a_failed_save_is_said_and_training_goes_on(
     assert checkpointer.newest().name == "step_00000004"
 
 
+def test_what_cannot_be_deleted_is_no_failed_save(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On NFS a directory stays while somebody reads in it. The other old ones go, and the next save tries again."""
+    checkpointer = Checkpointer(tmp_path, keep_last=1, world=WORLD)
+    checkpointer.save(engine, state_at(2))
+    rmtree = checkpoint.shutil.rmtree
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if path.name == "step_00000002" and not ignore_errors:
+            raise OSError(39, "Directory not empty")
+        rmtree(path, ignore_errors=ignore_errors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.shutil, "rmtree", busy)
+        for step in (3, 4):
+            assert checkpointer.save(engine, state_at(step)) == checkpointer.newest()
+    assert names(checkpointer) == ["LATEST", "step_00000002", "step_00000004"]
+    assert (tmp_path / "LATEST").read_text() == "step_00000004\n"
+    assert checkpointer.num_failed == 0
+    assert "step_00000002 cannot be deleted: [Errno 39] Directory not empty" in caplog.text
+    checkpointer.save(engine, state_at(5))
+    assert names(checkpointer) == ["LATEST", "step_00000005"]
+
+
+def test_a_checkpoint_that_latest_cannot_name_is_there(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the one that it names is not deleted."""
+    checkpointer = Checkpointer(tmp_path, keep_last=1, world=WORLD)
+    checkpointer.save(engine, state_at(2))
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "replace_synced", lambda path, text: (_ for _ in ()).throw(OSError(28, "No space")))
+        assert checkpointer.save(engine, state_at(3)) == checkpointer.newest()
+    assert checkpointer.num_failed == 0
+    assert names(checkpointer) == ["LATEST", "step_00000002", "step_00000003"]
+    assert "step 3 is saved, but LATEST or what is older could not be brought up to date: [Errno 28]" in caplog.text
+
+
 def test_what_is_not_finite_is_never_loaded_nor_kept_for_its_sake(
     engine: Engine, checkpointer: Checkpointer, caplog: pytest.LogCaptureFixture
 ) -> None:
