@@ -81,8 +81,12 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_WRONG
     if config.engine.deterministic:
         make_deterministic()
-    with signals_end_the_process():
-        world = start_world(config.engine.timeout_minutes)
+    try:
+        with signals_end_the_process():
+            world = start_world(config.engine.timeout_minutes)
+    except ValueError as error:
+        print(f"the processes cannot meet: {error}", file=sys.stderr)
+        return EXIT_WRONG
     with Guard() as guard:
         try:
             return run_guarded(config, world, guard)

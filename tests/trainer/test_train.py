@@ -219,6 +219,15 @@ def test_all_config_problems_come_at_once_and_nothing_starts(scenes, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
+def test_half_of_a_launcher_is_an_error_in_a_line(scenes, tmp_path, monkeypatch, capsys):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert train.main(mae_arguments(scenes, tmp_path / "run")) == 2
+    assert "LOCAL_RANK is not: start with torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_cut_short_stops_training_and_names_the_repair(scenes, tmp_path, workers):
     """In a process of its own, so that it shows whether the program also ends."""
