@@ -1,6 +1,7 @@
 """The only training loop, for both stages. It is handed objects and knows no task, network, pipeline or backend."""
 
 import json
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from trainer.metrics import Logger, Meter, console_line, throughput
 from trainer.parallel.engine import Engine
 from trainer.run_files import LineFile
 from trainer.tracing import Tracer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ def note_samples(batch: Batch, step: int, meter: Meter, sample_log: LineFile | N
     """Count and name broken samples; write down what was trained on, if asked."""
     meter.add_batch(batch)
     for problem in batch.problems:
-        print(f"step {step}: sample trains nothing: {problem}", flush=True)
+        log.warning("step %d: sample trains nothing: %s", step, problem)
     if sample_log is not None:
         positions, weights = batch.positions.tolist(), batch.image_weight.tolist()
         entries = [

@@ -12,7 +12,6 @@ a signal after saving, 76 another rank hung. Of a signal before training has beg
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -59,7 +58,7 @@ from trainer.parallel.engine import Engine, build_engine
 from trainer.parallel.precision import make_deterministic
 from trainer.recipe import check_recipe, recipe
 from trainer.reconstruct import log_reconstruction
-from trainer.run_files import Forgiving, LineFile
+from trainer.run_files import Forgiving, LineFile, leave, say_error
 from trainer.sam_task import SamTask
 from trainer.stages import Pipeline, build_pipeline, build_task, encoder_depth
 from trainer.tracing import Tracer
@@ -77,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
     except ConfigError as error:
-        print(f"{options.config} cannot be run:\n{error}", file=sys.stderr)
+        say_error(f"{options.config} cannot be run:\n{error}")
         return EXIT_WRONG
     if config.engine.deterministic:
         make_deterministic()
@@ -85,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         with signals_end_the_process():
             world = start_world(config.engine.timeout_minutes)
     except ValueError as error:
-        print(f"the processes cannot meet: {error}", file=sys.stderr)
+        say_error(f"the processes cannot meet: {error}")
         return EXIT_WRONG
     with Guard() as guard:
         try:
@@ -99,18 +98,16 @@ def run_guarded(config: Config, world: World, guard: Guard) -> int:
     try:
         return EXIT_DONE if run(config, world, guard) else EXIT_STOPPED
     except ValueError as error:
-        print(f"rank {world.rank}: {message_of(error)}", file=sys.stderr)
+        say_error(f"rank {world.rank}: {message_of(error)}")
         return EXIT_WRONG
     except GaveUp as error:
-        print(f"rank {world.rank}: {error}", file=sys.stderr)
+        say_error(f"rank {world.rank}: {error}")
         return EXIT_GAVE_UP
     except SaveError as error:
-        print(
-            f"rank {world.rank}: {error}. The checkpoints before are untouched; make room, start again", file=sys.stderr
-        )
+        say_error(f"rank {world.rank}: {error}. The checkpoints before are untouched; make room, start again")
         return EXIT_NOT_SAVED
     except torch.OutOfMemoryError as error:
-        print(f"rank {world.rank}: {explain_out_of_memory(config, world, error)}", file=sys.stderr)
+        say_error(f"rank {world.rank}: {explain_out_of_memory(config, world, error)}")
         return EXIT_OUT_OF_MEMORY
 
 
@@ -399,4 +396,4 @@ def announce(config: Config, pipeline: Pipeline, ends: list[int], world: World, 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,5 +1,7 @@
 """The entry point as a user runs it: golden losses, stop and go on, several ranks, bad input."""
 
+import errno
+import io
 import os
 import signal
 import socket
@@ -8,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,7 +21,10 @@ from tests.trainer.tiny import losses, mae_arguments, sam_arguments, samples
 from trainer import loop, train
 from trainer.checkpoint import Checkpointer, load_weights
 from trainer.checkpoint_files import read_scores
+from trainer.data.batches import MaeBatch
 from trainer.distributed import single_process
+from trainer.guard import Guard
+from trainer.metrics import Meter
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -217,6 +223,40 @@ def test_all_config_problems_come_at_once_and_nothing_starts(scenes, tmp_path, c
     for part in ("optim.lrr", "did you mean lr", "batch.micro", "prompts.rounds"):
         assert part in said
     assert not (tmp_path / "run").exists()
+
+
+class FullDisk(io.TextIOBase):
+    """A stream that takes nothing."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_under_standard_error_changes_no_exit_code(scenes, tmp_path, monkeypatch):
+    config = train.load_config(*split(mae_arguments(scenes, tmp_path)))
+    ends = {ValueError("a"): 2, train.GaveUp("b"): 70, train.SaveError("c"): 74, torch.OutOfMemoryError("d"): 71}
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    for error, code in ends.items():
+        monkeypatch.setattr(train, "run", Mock(side_effect=error))
+        assert train.run_guarded(config, single_process("cpu"), Guard()) == code
+    assert train.main(["missing.yaml"]) == 2
+
+
+def test_nor_does_what_cannot_be_written_at_the_end_of_the_process():
+    """Where text is left in a buffer then, Python itself ends with 120."""
+    command = [sys.executable, "-m", "trainer.train", "missing.yaml"]
+    buffered = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "wb", buffering=0) as full:
+        done = subprocess.run(command, stdout=full, stderr=full, env=buffered, timeout=90)
+    assert done.returncode == 2
+
+
+def test_a_broken_sample_ends_nothing_where_it_cannot_be_named(monkeypatch, caplog):
+    one = torch.zeros(1)
+    batch = MaeBatch(torch.tensor([5]), one, ["sa_1"], ["sa_1: truncated"], 1, 1, one, one, one)
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    loop.note_samples(batch, 7, Meter(), None)
+    assert "step 7: sample trains nothing: sa_1: truncated" in caplog.text
 
 
 def test_half_of_a_launcher_is_an_error_in_a_line(scenes, tmp_path, monkeypatch, capsys):
