@@ -121,7 +121,7 @@ def train(
             with meter.paused():
                 keep_if_best(evaluate(engine, done), saved, done, plan, engine, checkpointer)
             engine.task.train()
-        if plan.diagnose_every and done % plan.diagnose_every == 0:
+        if plan.diagnose_every and done % plan.diagnose_every == 0 and not stop:
             guard.at("diagnose", step)
             with meter.paused():
                 diagnose(engine, done)

@@ -110,6 +110,20 @@ def test_a_stop_at_the_end_does_not_lose_the_last_evaluation(scenes, tmp_path, m
     assert len(samples(tmp_path)) == 6 * 3
 
 
+def test_a_stop_waits_for_no_diagnosis(scenes, tmp_path, monkeypatch):
+    agree, diagnosed = loop.agree, Mock()
+
+    def stop_at_once(micro_batches, guard, world):
+        guard.stop_requested = True
+        return agree(micro_batches, guard, world)
+
+    monkeypatch.setattr(loop, "agree", stop_at_once)
+    monkeypatch.setattr(train, "diagnose_and_log", diagnosed)
+    assert train.main(sam_arguments(scenes, tmp_path, "diagnostics.every_steps=1")) == 75
+    assert newest(tmp_path).name == "step_00000001"
+    diagnosed.assert_not_called()
+
+
 def test_the_frozen_encoder_stays_until_joint_training(scenes, sam_run, tmp_path):
     frozen_only = ["phases=[{name: freeze_encoder, steps: 2, frozen: [image_encoder]}]"]
     assert train.main(sam_arguments(scenes, tmp_path, *frozen_only)) == 0
