@@ -97,6 +97,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # of the last save, once its thread has ended
         self._damaged: set[Path] = set()  # known from reading, so that they are not read again
+        self._tidying = threading.Lock()  # the thread deletes and writes BEST, while training may note a score
         # The thread agrees with the other ranks' threads while training agrees on its own group.
         several = world.size > 1
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if several else None
@@ -219,9 +220,10 @@ class Checkpointer:
             scores = read_scores(self.directory)
             best = score >= max(scores.values(), default=score)
             try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                replace_synced(self.directory / "scores.json", json.dumps(scores | {step: score}, indent=1))
-                self._point_at_best()
+                with self._tidying:
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    replace_synced(self.directory / "scores.json", json.dumps(scores | {step: score}, indent=1))
+                    self._point_at_best()
             except OSError as error:
                 log.error("the score of step %d could not be noted: %s. Training goes on", step, error)
         return broadcast_object(best, self.world)
@@ -307,7 +309,8 @@ class Checkpointer:
         try:
             replace_synced(self.directory / "LATEST", final.name + "\n")
             shutil.rmtree(replaced, ignore_errors=True)
-            self._prune(step_of(final))
+            with self._tidying:
+                self._prune(step_of(final))
         except OSError as error:
             log.error(
                 "step %d is saved, but LATEST or what is older could not be brought up to date: %s. Training goes on",

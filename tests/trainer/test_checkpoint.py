@@ -333,6 +333,30 @@ def test_the_best_is_kept(engine: Engine, tmp_path: Path) -> None:
     assert read_scores(tmp_path)[6] == 0.4
 
 
+def test_a_score_and_a_save_do_not_write_best_at_once(
+    engine: Engine, checkpointer: Checkpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both go through BEST.tmp: one would rename the other's away."""
+    checkpointer.save(engine, state_at(2))
+    checkpointer.note_score(2, 0.5)
+    replace_synced, inside, both = checkpoint.replace_synced, threading.Event(), threading.Event()
+
+    def watched(path: Path, text: str) -> None:
+        if path.name == "BEST":
+            both.set() if inside.is_set() else inside.set()
+            both.wait(0.5)  # time for the other to come, if it may
+            inside.clear()
+        replace_synced(path, text)
+
+    monkeypatch.setattr(checkpoint, "replace_synced", watched)
+    checkpointer.save_in_background(engine, state_at(3))
+    assert inside.wait(60)
+    checkpointer.note_score(3, 0.7)
+    assert checkpointer.wait() is None
+    assert not both.is_set()
+    assert (checkpointer.directory / "BEST").read_text() == "step_00000003\n"
+
+
 def test_going_back_sets_aside_what_is_newer(engine: Engine, tmp_path: Path) -> None:
     """Else the next start would take the newest of what was given up for the newest of the run."""
     checkpointer = Checkpointer(tmp_path, keep_last=3, world=WORLD)
