@@ -302,7 +302,7 @@ class GuardSettings(Section):
 
 class Log(Section):
     every_steps: Count = 50
-    pictures_every_steps: Count = 1000
+    pictures_every_steps: Count = 1000  # stage mae only; stage sam has its pictures from evaluate.every_steps
     sample_keys: bool = False  # also write every step's keys and draws, one file a rank, to compare runs
 
 

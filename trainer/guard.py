@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_DONE = 0
-EXIT_WRONG = 2  # settings or data; nothing was changed
+EXIT_WRONG = 2  # settings or data; before training nothing was changed, later the newest checkpoint is untouched
 EXIT_GAVE_UP = 70  # EX_SOFTWARE of sysexits.h: it does not learn; see the log
 EXIT_OUT_OF_MEMORY = 71  # EX_OSERR
 EXIT_NOT_SAVED = 74  # EX_IOERR: the last checkpoint could not be written
