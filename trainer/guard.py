@@ -114,15 +114,15 @@ class Guard:
             self._watchdog.stop()
             self._watchdog = None
 
-    def begin(self) -> None:
-        """A new stretch of training: what was pending belongs to the one before."""
+    def begin(self, restored: bool = False) -> None:
+        """A new stretch of training: what was pending belongs to the one before. `restored`: from a checkpoint."""
         self._pending.clear()
         self._skipped: deque[int] = deque()
         self._num_searching = 0 if self.growth_steps else None  # skipped steps of fp16's first search; None: it is over
         self._num_good = 0  # steps in a row, as fp16 counts them
-        # And no step was skipped since. At first it may have: a scale that was restored goes on counting from where it
-        # was, which nobody here knows, and grows before as many steps were good here.
-        self._scale_grew = self.growth_steps is not None
+        # And no step was skipped since. A scale that was restored goes on counting from where it was, which nobody here
+        # knows: it may grow before as many steps were good here.
+        self._scale_grew = restored and self.growth_steps is not None
         self._spikes = SpikeDetector(self.settings.spike_deviations)
         # On a GPU a step's results are read one step later, when they are there: reading never waits.
         self._lag = 1 if self.world.device.type == "cuda" else 0

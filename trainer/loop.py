@@ -59,7 +59,7 @@ def train(
     No steps are asked for where a signal came so late that the evaluation at the end of the run is all that is missing.
     """
     meter = Meter()
-    guard.begin()
+    guard.begin(restored=plan.first_step > 0)
     if plan.first_step == plan.last_step:
         guard.at("evaluate", plan.last_step)
         keep_if_best(evaluate(engine, plan.last_step), True, plan.last_step, plan, engine, checkpointer)

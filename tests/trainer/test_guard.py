@@ -80,8 +80,14 @@ def test_a_gradient_that_is_not_finite_now_and_again_is_a_fault_under_fp16_too(t
 def test_a_loss_scale_that_was_restored_may_be_about_to_grow(tmp_path: Path) -> None:
     """A resumed run counts good steps from the checkpoint on, the scaler from where it was: one skip is explained."""
     guard = attached(tmp_path, growth_steps=8, max_skipped=0)
+    guard.begin(restored=True)
     assert run_steps(guard, [1.0] * 5, [1.0] * 4 + [math.inf]) == [None] * 5
     assert run_steps(guard, [1.0] * 3, [1.0, 1.0, math.inf])[-1] is Outcome.ROLL_BACK  # the second is not
+    guard.begin()
+    assert run_steps(guard, [1.0, 1.0], [1.0, math.inf])[-1] is Outcome.ROLL_BACK  # nor in a run that begins
+    plain = attached(tmp_path, max_skipped=0)
+    plain.begin(restored=True)
+    assert run_steps(plain, [1.0], [math.inf]) == [Outcome.ROLL_BACK]
 
 
 def test_a_loss_scale_of_nothing_gives_up(tmp_path: Path) -> None:
