@@ -42,7 +42,9 @@ PROTOCOLS = ("box", "click_1", "click_3", "click_5")
 def recipe(name: str, steps: int) -> list[str]:
     """Overrides of launch/configs/sam_tiny.yaml."""
     frozen = max(1, steps * 5 // 95)
+    warm_up = f"schedule.warmup_steps={max(1, min(100, steps // 20))}"
     document = [
+        warm_up,
         f"phases=[{{name: freeze_encoder, steps: {frozen}, frozen: [image_encoder]}}, "
         f"{{name: joint, steps: {max(1, steps - frozen)}}}]",
         "data.scale_jitter=[0.8, 1.2]",
@@ -55,6 +57,7 @@ def recipe(name: str, steps: int) -> list[str]:
     if name == "document_11_rounds":
         return [*document, *PUBLISHED_ROUNDS]
     return [
+        warm_up,
         *PUBLISHED_ROUNDS,
         f"phases=[{{name: joint, steps: {steps}}}]",
         "schedule.kind=multistep",
@@ -101,7 +104,6 @@ def train_one(
         return json.loads(scores.read_text())
     mae_run, sam_run = settings.out / f"mae_seed{seed}", settings.out / f"{name}_seed{seed}"
     shared = [f"seed={seed}", f"data.shards={shards}"]
-    warm_up = f"schedule.warmup_steps={max(1, min(100, settings.steps // 20))}"
     in_stage_1 = [setting for setting in held_out if setting.startswith("data.holdout_images")]
     mae_steps = max(1, settings.steps // 4)
     run(
@@ -121,7 +123,6 @@ def train_one(
         f"model.init_from={mae_run}",
         f"evaluate.every_steps={never}",
         "evaluate.num_images=1",
-        warm_up,
         *shared,
         *held_out,
         *recipe(name, settings.steps),

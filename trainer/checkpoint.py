@@ -91,12 +91,13 @@ class Checkpointer:
         self.world = world
         self.num_failed = 0  # saves of this process that did not get through
         self.stall_seconds = 0.0  # what the last save cost training
-        self.hold: int | None = None  # the newest good checkpoint of at most this step stays: a rollback goes there
+        self.hold: tuple[int, ...] = ()  # of each of these steps the newest good checkpoint from before it stays
         self.still_saving: Callable[[], None] = lambda: None  # called now and again while training waits for a save
         self._started = 0.0  # when the last save began, monotonic seconds
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # of the last save, once its thread has ended
         self._damaged: set[Path] = set()  # known from reading, so that they are not read again
+        self._tidying = threading.Lock()  # the thread deletes and writes BEST, while training may note a score
         # The thread agrees with the other ranks' threads while training agrees on its own group.
         several = world.size > 1
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if several else None
@@ -219,9 +220,10 @@ class Checkpointer:
             scores = read_scores(self.directory)
             best = score >= max(scores.values(), default=score)
             try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                replace_synced(self.directory / "scores.json", json.dumps(scores | {step: score}, indent=1))
-                self._point_at_best()
+                with self._tidying:
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    replace_synced(self.directory / "scores.json", json.dumps(scores | {step: score}, indent=1))
+                    self._point_at_best()
             except OSError as error:
                 log.error("the score of step %d could not be noted: %s. Training goes on", step, error)
         return broadcast_object(best, self.world)
@@ -300,12 +302,21 @@ class Checkpointer:
                 final.rename(replaced)
             partial.rename(final)
             sync_directory(self.directory)
-            replace_synced(self.directory / "LATEST", final.name + "\n")
-            shutil.rmtree(replaced, ignore_errors=True)
-            self._damaged.discard(final)
-            self._prune(step_of(final))
         except OSError as error:
             return str(error)
+        # It is there, and what goes wrong from here on costs no checkpoint: the next save does it.
+        self._damaged.discard(final)
+        try:
+            replace_synced(self.directory / "LATEST", final.name + "\n")
+            shutil.rmtree(replaced, ignore_errors=True)
+            with self._tidying:
+                self._prune(step_of(final))
+        except OSError as error:
+            log.error(
+                "step %d is saved, but LATEST or what is older could not be brought up to date: %s. Training goes on",
+                step_of(final),
+                error,
+            )
         if bad:
             log.error("checkpoint %s holds values that are not finite (%s ...); it will not be loaded", final, bad[0])
         return None
@@ -314,11 +325,13 @@ class Checkpointer:
         steps = {step_of(path): path for path in step_directories(self.directory)}
         good = self._good_steps()
         scores = read_scores(self.directory)
-        for step in to_delete(list(steps), good, newest, self.keep_last, self.keep_every_steps, scores, self.hold):
-            shutil.rmtree(steps[step])
-        for path in abandoned_directories(self.directory):
-            if step_of(path) <= newest:
+        old = to_delete(list(steps), good, newest, self.keep_last, self.keep_every_steps, scores, self.hold)
+        abandoned = [path for path in abandoned_directories(self.directory) if step_of(path) <= newest]
+        for path in [*(steps[step] for step in old), *abandoned]:
+            try:
                 shutil.rmtree(path)
+            except OSError as error:  # NFS keeps what somebody reads; the others go
+                log.warning("%s cannot be deleted: %s. The next save tries again", path, error)
         self._point_at_best()
 
     def _set_aside(self, after: int) -> None:

@@ -79,17 +79,17 @@ def to_delete(
     keep_last: int,
     keep_every_steps: int | None,
     scores: dict[int, float],
-    hold: int | None = None,
+    hold: Collection[int] = (),
 ) -> list[int]:
     """Which checkpoints go once `newest` is written. `good` are complete and finite; only those count as kept.
 
     Kept are the `keep_last` newest good ones (so the last good one always is), those at multiples of
-    `keep_every_steps`, the one of the highest score, the newest good one that is not later than step `hold`, and
+    `keep_every_steps`, the one of the highest score, for each step in `hold` the newest good one that is not later, and
     `newest` itself. What is newer than `newest` is not ours.
     """
     kept = {newest, *sorted(good)[-keep_last:]}
-    if hold is not None:
-        kept |= set(sorted(step for step in good if step <= hold)[-1:])
+    for skipped in hold:
+        kept |= set(sorted(step for step in good if step <= skipped)[-1:])
     if keep_every_steps:
         kept |= {step for step in good if step % keep_every_steps == 0}
     if best := best_of(good, scores):

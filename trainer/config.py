@@ -305,12 +305,13 @@ class GuardSettings(Section):
     max_rollbacks: CountOrZero = 2  # to the last checkpoint, for more skipped steps than that; then the run stops
     spike_deviations: Positive = 6.0  # over the running mean: such a loss is logged with its samples
     slow_factor: Annotated[float, Field(gt=1.0)] = 1.5  # a rank's own work over the median of all: it is named
-    hang_minutes: Positive | None = 15.0  # without progress (a part of a step, a batch of an evaluation); none = never
+    # Without progress (a part of a step, a batch of an evaluation); below engine.timeout_minutes; none = never.
+    hang_minutes: Positive | None = 15.0
 
 
 class Log(Section):
     every_steps: Count = 50
-    pictures_every_steps: Count = 1000
+    pictures_every_steps: Count = 1000  # stage mae only; stage sam has its pictures from evaluate.every_steps
     sample_keys: bool = False  # also write every step's keys and draws, one file a rank, to compare runs
 
 
@@ -363,7 +364,7 @@ class MaeConfig(Run):
 
     @model_validator(mode="after")
     def _possible(self) -> "MaeConfig":
-        problems = _averaging_problems(self) + _schedule_problems(self)
+        problems = _averaging_problems(self) + _schedule_problems(self) + _patience_problems(self)
         if self.model.image_size % self.model.patch_size:
             problems.append(
                 f"model.image_size={self.model.image_size} is no multiple of patch_size={self.model.patch_size}"
@@ -397,7 +398,7 @@ class SamConfig(Run):
 
     @model_validator(mode="after")
     def _possible(self) -> "SamConfig":
-        problems = _averaging_problems(self) + _schedule_problems(self)
+        problems = _averaging_problems(self) + _schedule_problems(self) + _patience_problems(self)
         if self.model.image_size % 16:
             problems.append(f"model.image_size={self.model.image_size} is no multiple of the patch size 16")
         if self.loss.resolution < self.model.image_size // 8:
@@ -426,7 +427,7 @@ class SamConfig(Run):
 
 
 def _schedule_problems(config: Run) -> list[str]:
-    """An end above the peak; milestones that are never reached, where the length is given in steps."""
+    """An end above the peak; where the length is given in steps, milestones or a peak that are never reached."""
     peak = config.optim.lr * (config.batch.global_size / 256 if config.optim.lr_per_256 else 1.0)
     if config.schedule.min_lr > peak:
         scaled = " times batch.global_size / 256" if config.optim.lr_per_256 else ""
@@ -434,9 +435,26 @@ def _schedule_problems(config: Run) -> list[str]:
     steps = [phase.steps for phase in config.phases]
     known = sum(count for count in steps if count is not None)
     late = [milestone for milestone in config.schedule.milestones if milestone >= known]
-    if None in steps or not late:
+    if None in steps:
         return []
-    return [f"schedule.milestones {late} lie beyond the last of {known} steps: shorten them as the phases were"]
+    problems = []
+    if late:
+        problems.append(
+            f"schedule.milestones {late} lie beyond the last of {known} steps: shorten them as the phases were"
+        )
+    if (warmup := config.schedule.warmup_steps or 0) > known:
+        problems.append(
+            f"schedule.warmup_steps={warmup} is longer than the run, {known} steps: shorten it as the phases were"
+        )
+    return problems
+
+
+def _patience_problems(config: Run) -> list[str]:
+    """A collective that gives up before the watchdog looks: nobody would name the rank that hangs."""
+    hang, timeout = config.guard.hang_minutes, config.engine.timeout_minutes
+    if hang is None or hang < timeout:
+        return []
+    return [f"guard.hang_minutes={hang} must be below engine.timeout_minutes={timeout}, or null: else no rank is named"]
 
 
 def _untrained_answers(config: SamConfig) -> list[str]:
@@ -621,7 +639,7 @@ def _validate(tree: dict[str, Any], root: type[MaeConfig | SamConfig]) -> tuple[
 STAND_INS: dict[str, dict[str, Any]] = {
     "schedule": {"warmup_steps": 0},
     "checkpoint": {"every_steps": 1},
-    "phases": {"name": "", "steps": 1},
+    "phases": {"name": "", "epochs": 1},  # of unknown length: no schedule is too long for it
 }
 
 

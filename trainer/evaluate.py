@@ -257,15 +257,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the scores as JSON")
     parser.add_argument("--picture", type=Path, help="write a picture of some masks (PNG)")
     options = parser.parse_args(arguments)
-    world = start_world(timeout_minutes=30)
+    world = None
     try:
+        world = start_world(timeout_minutes=30)
         return run(options, world)
     except ConfigError as error:
         print(error, file=sys.stderr)
     except ValueError as error:
         print(f"evaluate: {error}", file=sys.stderr)
     finally:
-        stop_world(world)
+        if world is not None:
+            stop_world(world)
     return 2
 
 

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_DONE = 0
-EXIT_WRONG = 2  # settings or data; nothing was changed
+EXIT_WRONG = 2  # settings or data; before training nothing was changed, later the newest checkpoint is untouched
 EXIT_GAVE_UP = 70  # EX_SOFTWARE of sysexits.h: it does not learn; see the log
 EXIT_OUT_OF_MEMORY = 71  # EX_OSERR
 EXIT_NOT_SAVED = 74  # EX_IOERR: the last checkpoint could not be written
@@ -114,13 +114,15 @@ class Guard:
             self._watchdog.stop()
             self._watchdog = None
 
-    def begin(self) -> None:
-        """A new stretch of training: what was pending belongs to the one before."""
+    def begin(self, restored: bool = False) -> None:
+        """A new stretch of training: what was pending belongs to the one before. `restored`: from a checkpoint."""
         self._pending.clear()
         self._skipped: deque[int] = deque()
         self._num_searching = 0 if self.growth_steps else None  # skipped steps of fp16's first search; None: it is over
         self._num_good = 0  # steps in a row, as fp16 counts them
-        self._scale_grew = False  # and no step was skipped since
+        # And no step was skipped since. A scale that was restored goes on counting from where it was, which nobody here
+        # knows: it may grow before as many steps were good here.
+        self._scale_grew = restored and self.growth_steps is not None
         self._spikes = SpikeDetector(self.settings.spike_deviations)
         # On a GPU a step's results are read one step later, when they are there: reading never waits.
         self._lag = 1 if self.world.device.type == "cuda" else 0
@@ -191,9 +193,11 @@ class Guard:
         self._lag = lag
         return verdict
 
-    def first_skipped(self) -> int | None:
-        """The step that a rollback would go back to, if one were asked for now; None if none was skipped of late."""
-        return self._skipped[0] if self._skipped else None
+    def skipped_steps(self) -> tuple[int, ...]:
+        """The steps skipped of late, oldest first. A rollback goes back to before the first of them; when that one is
+        long past, to before the next.
+        """
+        return tuple(self._skipped)
 
     def asked_in_evaluation(self) -> bool:
         """Whether this rank was asked to stop; an evaluation asks after each image, which is also progress."""
@@ -223,11 +227,11 @@ class Guard:
 
         A gradient that is not finite whatever the scale would else hide behind that for ever: good steps lie between.
         """
-        self._num_good = 0
+        self._num_good = 0  # as the scale itself counts after a step that is skipped
+        grew, self._scale_grew = self._scale_grew, False
         if self._num_searching is not None:
             self._num_searching += 1
             return self._num_searching <= MAX_SCALE_SEARCH
-        grew, self._scale_grew = self._scale_grew, False
         return grew
 
     def _count_skipped(self, pending: Pending, bad_losses: int) -> None:

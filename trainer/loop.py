@@ -1,6 +1,7 @@
 """The only training loop, for both stages. It is handed objects and knows no task, network, pipeline or backend."""
 
 import json
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from trainer.metrics import Logger, Meter, console_line, throughput
 from trainer.parallel.engine import Engine
 from trainer.run_files import LineFile
 from trainer.tracing import Tracer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def train(
     No steps are asked for where a signal came so late that the evaluation at the end of the run is all that is missing.
     """
     meter = Meter()
-    guard.begin()
+    guard.begin(restored=plan.first_step > 0)
     if plan.first_step == plan.last_step:
         guard.at("evaluate", plan.last_step)
         keep_if_best(evaluate(engine, plan.last_step), True, plan.last_step, plan, engine, checkpointer)
@@ -108,7 +111,7 @@ def train(
             guard.at("settle", step)
             if guard.settle() is Outcome.ROLL_BACK:
                 return Outcome.ROLL_BACK
-            checkpointer.hold = guard.first_skipped()
+            checkpointer.hold = guard.skipped_steps()
         guard.at("save", step)
         saved = save_if_due(done, stop, plan, engine, checkpointer)
         if evaluation_due and not stop:
@@ -118,7 +121,7 @@ def train(
             with meter.paused():
                 keep_if_best(evaluate(engine, done), saved, done, plan, engine, checkpointer)
             engine.task.train()
-        if plan.diagnose_every and done % plan.diagnose_every == 0:
+        if plan.diagnose_every and done % plan.diagnose_every == 0 and not stop:
             guard.at("diagnose", step)
             with meter.paused():
                 diagnose(engine, done)
@@ -238,7 +241,7 @@ def note_samples(batch: Batch, step: int, meter: Meter, sample_log: LineFile | N
     """Count and name broken samples; write down what was trained on, if asked."""
     meter.add_batch(batch)
     for problem in batch.problems:
-        print(f"step {step}: sample trains nothing: {problem}", flush=True)
+        log.warning("step %d: sample trains nothing: %s", step, problem)
     if sample_log is not None:
         positions, weights = batch.positions.tolist(), batch.image_weight.tolist()
         entries = [

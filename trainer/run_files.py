@@ -1,12 +1,17 @@
 """What a run writes beside its checkpoints. Where that fails (disk full, directory gone) it is said; training goes on.
 
-Whoever writes such a file has a `Forgiving` around it, or uses a `LineFile`.
+Whoever writes such a file has a `Forgiving` around it, or uses a `LineFile`. The outputs of the process may lead to a
+full disk too, and its exit code must not depend on it: `say_error` and `leave`.
 """
 
 import errno
 import logging
+import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 log = logging.getLogger(__name__)
 
@@ -52,3 +57,19 @@ class LineFile:
                     file.truncate(before)
                     raise OSError(errno.ENOSPC, "no space for a whole line")
         return self._forgiving.works
+
+
+def say_error(text: str) -> None:
+    """Print to standard error, if it can be written."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code. Python would put 120 in its place where an output cannot be written."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what Python tries again at the end
+    sys.exit(code)

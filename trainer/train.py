@@ -12,7 +12,6 @@ a signal after saving, 76 another rank hung. Of a signal before training has beg
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -59,7 +58,7 @@ from trainer.parallel.engine import Engine, build_engine
 from trainer.parallel.precision import make_deterministic
 from trainer.recipe import check_recipe, recipe
 from trainer.reconstruct import log_reconstruction
-from trainer.run_files import Forgiving, LineFile
+from trainer.run_files import Forgiving, LineFile, leave, say_error
 from trainer.sam_task import SamTask
 from trainer.stages import Pipeline, build_pipeline, build_task, encoder_depth
 from trainer.tracing import Tracer
@@ -77,12 +76,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
     except ConfigError as error:
-        print(f"{options.config} cannot be run:\n{error}", file=sys.stderr)
+        say_error(f"{options.config} cannot be run:\n{error}")
         return EXIT_WRONG
     if config.engine.deterministic:
         make_deterministic()
-    with signals_end_the_process():
-        world = start_world(config.engine.timeout_minutes)
+    try:
+        with signals_end_the_process():
+            world = start_world(config.engine.timeout_minutes)
+    except ValueError as error:
+        say_error(f"the processes cannot meet: {error}")
+        return EXIT_WRONG
     with Guard() as guard:
         try:
             return run_guarded(config, world, guard)
@@ -95,18 +98,16 @@ def run_guarded(config: Config, world: World, guard: Guard) -> int:
     try:
         return EXIT_DONE if run(config, world, guard) else EXIT_STOPPED
     except ValueError as error:
-        print(f"rank {world.rank}: {message_of(error)}", file=sys.stderr)
+        say_error(f"rank {world.rank}: {message_of(error)}")
         return EXIT_WRONG
     except GaveUp as error:
-        print(f"rank {world.rank}: {error}", file=sys.stderr)
+        say_error(f"rank {world.rank}: {error}")
         return EXIT_GAVE_UP
     except SaveError as error:
-        print(
-            f"rank {world.rank}: {error}. The checkpoints before are untouched; make room, start again", file=sys.stderr
-        )
+        say_error(f"rank {world.rank}: {error}. The checkpoints before are untouched; make room, start again")
         return EXIT_NOT_SAVED
     except torch.OutOfMemoryError as error:
-        print(f"rank {world.rank}: {explain_out_of_memory(config, world, error)}", file=sys.stderr)
+        say_error(f"rank {world.rank}: {explain_out_of_memory(config, world, error)}")
         return EXIT_OUT_OF_MEMORY
 
 
@@ -133,7 +134,9 @@ def run(config: Config, world: World, guard: Guard) -> bool:
     newest = checkpointer.to_go_on_from()
     if newest:
         # Before anything is written: a mistaken start must not touch the run.
-        check_recipe(read_run_state(newest).recipe, recipe(config, pipeline), config.resume.allow_change, newest)
+        state = read_run_state(newest)
+        check_recipe(state.recipe, recipe(config, pipeline), config.resume.allow_change, newest)
+        check_not_past_the_end(newest, state.step, ends[-1], config.batch.global_size)
     logger = Logger(config.run_dir, world)
     announce(config, pipeline, ends, world, logger)
     fp16 = config.engine.precision in ("fp16", "deepspeed_fp16")
@@ -150,7 +153,7 @@ def run(config: Config, world: World, guard: Guard) -> bool:
                 newest = checkpointer.newest()
             state = read_run_state(newest) if newest else RunState(step=0, samples_seen=0, phase=0)
             phase = next((number for number, end in enumerate(ends) if state.step < end), None)
-            if phase is None and (state.step > ends[-1] or is_finished(config.run_dir, state.step, world)):
+            if phase is None and is_finished(config.run_dir, state.step, world):
                 return True
             if phase is None:
                 phase = len(ends) - 1  # of which a signal has left the last evaluation undone
@@ -168,6 +171,16 @@ def run(config: Config, world: World, guard: Guard) -> bool:
         guard.detach()
         logger.close()
     return False
+
+
+def check_not_past_the_end(newest: Path, step: int, last_step: int, global_size: int) -> None:
+    """Raises `ValueError` where an allowed change has made the run shorter than it has been: that is not done."""
+    if step > last_step:
+        raise ValueError(
+            f"checkpoint {newest} is at step {step}, past the run's last step, {last_step}: make phases longer. "
+            f"Lengths in epochs are counted from step 0 with batch.global_size={global_size}; after a change of it "
+            "give them in steps"
+        )
 
 
 def check_end(checkpointer: Checkpointer, phase: str, end: int) -> None:
@@ -387,4 +400,4 @@ def announce(config: Config, pipeline: Pipeline, ends: list[int], world: World, 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -2,7 +2,8 @@
 
 Each rank writes where it is to RUN/heartbeat/rank_00003, some bytes every few seconds. When a rank has made no progress
 for `guard.hang_minutes` it reads what all have written, names those that are behind, prints where its own threads are,
-and ends: a collective that waits for a dead rank would otherwise hold all the others' GPUs.
+and ends: a collective that waits for a dead rank would otherwise hold all the others' GPUs. What it hangs on may be the
+disk: so another thread writes, and the end does not depend on the report.
 """
 
 import faulthandler
@@ -43,15 +44,17 @@ class Watchdog:
         self._num_steps = 0
         self._stopped = threading.Event()
         self._forgiving = Forgiving(str(directory))
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._watching = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._writing = threading.Thread(target=self._keep_writing, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        self._write()
-        self._thread.start()
+        self._watching.start()
+        self._writing.start()
 
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join()
+        self._watching.join()
+        self._writing.join(self._interval)  # no longer: it may wait for a disk that does not answer
 
     def at(self, part: str, step: int) -> None:
         """This rank enters a part of a step."""
@@ -82,10 +85,14 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
-            self._write()
             waited = time.monotonic() - self._last_sign
             if self.hang_seconds and waited > self.hang_seconds:
                 self._end(waited)
+
+    def _keep_writing(self) -> None:
+        self._write()
+        while not self._stopped.wait(self._interval):
+            self._write()
 
     def _write(self) -> None:
         count, step, part = self._place
@@ -97,20 +104,28 @@ class Watchdog:
             temporary.replace(path)
 
     def _end(self, waited: float) -> None:
+        """Report and end the process, also if the report fails (a full disk under stderr) or does not come back."""
+        at_the_latest = threading.Timer(4 * self._interval, os._exit, [EXIT_HUNG])
+        at_the_latest.daemon = True
+        at_the_latest.start()
+        try:
+            self._report(waited)
+        finally:
+            time.sleep(2 * self._interval)  # the others report too, before our end breaks their connections
+            os._exit(EXIT_HUNG)
+
+    def _report(self, waited: float) -> None:
+        """Where this rank is, and then, from their files, who is behind."""
         _, step, part = self._place
+        where = f"at step {step} in {part}"
+        print(f"rank {self.world.rank}: no progress for {waited:.0f} s, {where}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
         places = {}
         for rank in range(self.world.size):
             path = self.directory / f"rank_{rank:05d}"
             words = path.read_text().split() if path.exists() else []
             places[rank] = (int(words[0]), " ".join(words[1:3]), words[3]) if len(words) == 5 else (-1, "0 start", "?")
-        print(
-            f"rank {self.world.rank}: no progress for {waited:.0f} s, at step {step} in {part}. {behind(places)}",
-            file=sys.stderr,
-            flush=True,
-        )
-        faulthandler.dump_traceback(all_threads=True)
-        time.sleep(2 * self._interval)  # the others report too, before our end breaks their connections
-        os._exit(EXIT_HUNG)
+        print(f"rank {self.world.rank}: {behind(places)}", file=sys.stderr, flush=True)
 
 
 def behind(places: dict[int, tuple[int, str, str]]) -> str:

@@ -126,7 +126,7 @@ class Run:
         self.directory = cluster.project / "runs" / name
         self.config = cluster.project / f"{name}.yaml"
         changes = "resume.allow_change=[phases.0.steps]"
-        arguments = sam_arguments(packed, self.directory, "phases=[{name: all, steps: 1}]", changes, *overrides)
+        arguments = sam_arguments(packed, self.directory, f"phases=[{{name: all, steps: {LONG}}}]", changes, *overrides)
         tree = load_config(Path(arguments[0]), arguments[1:]).model_dump(mode="json")
         self.config.write_text(yaml.safe_dump(tree))
         self.set_steps(LONG)

@@ -221,6 +221,45 @@ def test_a_failed_save_is_said_and_training_goes_on(
     assert checkpointer.newest().name == "step_00000004"
 
 
+def test_what_cannot_be_deleted_is_no_failed_save(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On NFS a directory stays while somebody reads in it. The other old ones go, and the next save tries again."""
+    checkpointer = Checkpointer(tmp_path, keep_last=1, world=WORLD)
+    checkpointer.save(engine, state_at(2))
+    rmtree = checkpoint.shutil.rmtree
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if path.name == "step_00000002" and not ignore_errors:
+            raise OSError(39, "Directory not empty")
+        rmtree(path, ignore_errors=ignore_errors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.shutil, "rmtree", busy)
+        for step in (3, 4):
+            assert checkpointer.save(engine, state_at(step)) == checkpointer.newest()
+    assert names(checkpointer) == ["LATEST", "step_00000002", "step_00000004"]
+    assert (tmp_path / "LATEST").read_text() == "step_00000004\n"
+    assert checkpointer.num_failed == 0
+    assert "step_00000002 cannot be deleted: [Errno 39] Directory not empty" in caplog.text
+    checkpointer.save(engine, state_at(5))
+    assert names(checkpointer) == ["LATEST", "step_00000005"]
+
+
+def test_a_checkpoint_that_latest_cannot_name_is_there(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the one that it names is not deleted."""
+    checkpointer = Checkpointer(tmp_path, keep_last=1, world=WORLD)
+    checkpointer.save(engine, state_at(2))
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "replace_synced", lambda path, text: (_ for _ in ()).throw(OSError(28, "No space")))
+        assert checkpointer.save(engine, state_at(3)) == checkpointer.newest()
+    assert checkpointer.num_failed == 0
+    assert names(checkpointer) == ["LATEST", "step_00000002", "step_00000003"]
+    assert "step 3 is saved, but LATEST or what is older could not be brought up to date: [Errno 28]" in caplog.text
+
+
 def test_what_is_not_finite_is_never_loaded_nor_kept_for_its_sake(
     engine: Engine, checkpointer: Checkpointer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -294,6 +333,30 @@ def test_the_best_is_kept(engine: Engine, tmp_path: Path) -> None:
     assert read_scores(tmp_path)[6] == 0.4
 
 
+def test_a_score_and_a_save_do_not_write_best_at_once(
+    engine: Engine, checkpointer: Checkpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both go through BEST.tmp: one would rename the other's away."""
+    checkpointer.save(engine, state_at(2))
+    checkpointer.note_score(2, 0.5)
+    replace_synced, inside, both = checkpoint.replace_synced, threading.Event(), threading.Event()
+
+    def watched(path: Path, text: str) -> None:
+        if path.name == "BEST":
+            both.set() if inside.is_set() else inside.set()
+            both.wait(0.5)  # time for the other to come, if it may
+            inside.clear()
+        replace_synced(path, text)
+
+    monkeypatch.setattr(checkpoint, "replace_synced", watched)
+    checkpointer.save_in_background(engine, state_at(3))
+    assert inside.wait(60)
+    checkpointer.note_score(3, 0.7)
+    assert checkpointer.wait() is None
+    assert not both.is_set()
+    assert (checkpointer.directory / "BEST").read_text() == "step_00000003\n"
+
+
 def test_going_back_sets_aside_what_is_newer(engine: Engine, tmp_path: Path) -> None:
     """Else the next start would take the newest of what was given up for the newest of the run."""
     checkpointer = Checkpointer(tmp_path, keep_last=3, world=WORLD)
@@ -316,7 +379,7 @@ def test_going_back_sets_aside_what_is_newer(engine: Engine, tmp_path: Path) -> 
 def test_where_a_rollback_would_go_is_kept(engine: Engine, tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, keep_last=1, world=WORLD)
     for step in (1, 2, 3, 4):
-        checkpointer.hold = 2 if step > 2 else None
+        checkpointer.hold = (2,) if step > 2 else ()
         checkpointer.save(engine, state_at(step))
     assert names(checkpointer) == ["LATEST", "step_00000002", "step_00000004"]
 
@@ -326,10 +389,10 @@ def test_where_a_rollback_would_go_is_kept(engine: Engine, tmp_path: Path) -> No
     data=st.data(),
     keep_last=st.integers(1, 4),
     every=st.none() | st.integers(1, 20),
-    hold=st.none() | st.integers(0, 60),
+    hold=st.sets(st.integers(0, 60), max_size=5),
 )
 def test_laws_of_retention(
-    steps: set[int], data: st.DataObject, keep_last: int, every: int | None, hold: int | None
+    steps: set[int], data: st.DataObject, keep_last: int, every: int | None, hold: set[int]
 ) -> None:
     newest = data.draw(st.sampled_from(sorted(steps)))
     good = data.draw(st.sets(st.sampled_from(sorted(steps))))
@@ -339,12 +402,39 @@ def test_laws_of_retention(
     assert newest not in gone
     assert len(left) >= min(keep_last, len(good))  # so the last finite one is never deleted
     assert not good or max(good) in left
-    before = {step for step in good if hold is not None and step <= hold}
-    assert not before or max(before) in left
+    for skipped in hold:
+        before = {step for step in good if step <= skipped}
+        assert not before or max(before) in left
     assert not any(every and step % every == 0 for step in gone & good)
     assert not scores.keys() & good or max(scores.get(step, -1) for step in left) == max(
         scores[step] for step in scores.keys() & good
     )
+
+
+@given(
+    skips=st.sets(st.integers(0, 119)),
+    every=st.integers(1, 15),
+    keep_last=st.integers(1, 3),
+    window=st.integers(1, 60),
+)
+def test_where_a_rollback_would_go_is_there_at_any_step(
+    skips: set[int], every: int, keep_last: int, window: int
+) -> None:
+    """Over many saves, while skipped steps come into the guard's window and leave it again."""
+    ever: list[int] = []
+    there: list[int] = []
+    in_window: list[int] = []
+    for step in range(120):
+        in_window = [skipped for skipped in in_window if skipped > step - window] + [step] * (step in skips)
+        if in_window:
+            wanted = max((saved for saved in ever if saved <= in_window[0]), default=None)
+            assert wanted is None or wanted in there
+        done = step + 1
+        if done % every == 0:
+            ever.append(done)
+            there.append(done)
+            gone = to_delete(there, there, done, keep_last, None, {}, in_window)
+            there = [saved for saved in there if saved not in gone]
 
 
 def test_replicas_share_the_copy_of_what_all_have() -> None:

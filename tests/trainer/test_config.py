@@ -31,10 +31,10 @@ def problems(overrides: list[str], path: Path = TINY) -> str:
 
 def test_overrides_reach_sections_lists_and_nulls(good):
     config = load_config(
-        TINY, [*good, "optim.lr=4e-4", "phases.1.steps=7", "data.max_mask_area=0.9", "prompts.rounds=3"]
+        TINY, [*good, "optim.lr=4e-4", "phases.1.steps=700", "data.max_mask_area=0.9", "prompts.rounds=3"]
     )
     assert config.optim.lr == 4e-4  # PyYAML alone reads 4e-4 as text
-    assert config.phases[1].steps == 7
+    assert config.phases[1].steps == 700
     assert config.data.max_mask_area == 0.9
     assert config.prompts.rounds == 3
 
@@ -100,6 +100,11 @@ def test_wrong_type_or_range(good, override, place):
             ["schedule.kind=multistep", "schedule.milestones=[3, 9]", "phases=[{name: all, steps: 9}]"],
             "schedule.milestones [9] lie beyond the last of 9 steps",
         ),
+        (
+            ["schedule.warmup_steps=10", "phases=[{name: a, steps: 4}, {name: b, steps: 5}]"],
+            "schedule.warmup_steps=10 is longer than the run, 9 steps",
+        ),
+        (["guard.hang_minutes=5", "engine.timeout_minutes=5"], "guard.hang_minutes=5.0 must be below"),
         (["model.drop_path=1.0"], "model.drop_path"),
         (["schedule.min_lr=1"], "schedule.min_lr=1.0 is above the peak"),
         (
@@ -153,6 +158,18 @@ def test_wrong_type_or_range(good, override, place):
 )
 def test_impossible_combination(good, overrides, part):
     assert part in problems([*good, *overrides])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["schedule.warmup_steps=9", "phases=[{name: all, steps: 9}]"],
+        ["schedule.warmup_steps=9", "phases=[{name: a, steps: 1}, {name: b, epochs: 2}]"],  # nobody knows yet
+        ["guard.hang_minutes=null", "engine.timeout_minutes=1"],
+    ],
+)
+def test_possible_combination(good, overrides):
+    load_config(TINY, [*good, *overrides])
 
 
 def test_nothing_to_evaluate_on(good, tmp_path):

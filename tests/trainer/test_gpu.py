@@ -35,7 +35,8 @@ ONE_ROUND = {"sam_tiny": ["prompts.rounds=1", "prompts.rounds_without_click=0"],
 
 
 def tiny(name: str, *more: str) -> Config:
-    return load_config(CONFIGS / f"{name}.yaml", [*SMALL[name], "phases=[{name: all, steps: 9}]", *more], False)
+    short = ["phases=[{name: all, steps: 9}]", "schedule.warmup_steps=2"]
+    return load_config(CONFIGS / f"{name}.yaml", [*SMALL[name], *short, *more], False)
 
 
 def prepare(config: Config, world: World) -> tuple[Engine, Batch]:

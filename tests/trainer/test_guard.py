@@ -50,7 +50,7 @@ def test_skipped_steps_past_the_budget_roll_back_and_then_give_up(tmp_path: Path
         (step, "skipped", [f"key{step}"]) for step in (1, 3, 4)
     ]
     guard.begin()
-    assert guard.first_skipped() is None
+    assert guard.skipped_steps() == ()
     with pytest.raises(GaveUp, match="max_rollbacks=1"):
         run_steps(guard, [nan] * 3)
 
@@ -77,6 +77,19 @@ def test_a_gradient_that_is_not_finite_now_and_again_is_a_fault_under_fp16_too(t
     assert run_steps(guard, [1.0], [math.inf]) == [Outcome.ROLL_BACK]
 
 
+def test_a_loss_scale_that_was_restored_may_be_about_to_grow(tmp_path: Path) -> None:
+    """A resumed run counts good steps from the checkpoint on, the scaler from where it was: one skip is explained."""
+    guard = attached(tmp_path, growth_steps=8, max_skipped=0)
+    guard.begin(restored=True)
+    assert run_steps(guard, [1.0] * 5, [1.0] * 4 + [math.inf]) == [None] * 5
+    assert run_steps(guard, [1.0] * 3, [1.0, 1.0, math.inf])[-1] is Outcome.ROLL_BACK  # the second is not
+    guard.begin()
+    assert run_steps(guard, [1.0, 1.0], [1.0, math.inf])[-1] is Outcome.ROLL_BACK  # nor in a run that begins
+    plain = attached(tmp_path, max_skipped=0)
+    plain.begin(restored=True)
+    assert run_steps(plain, [1.0], [math.inf]) == [Outcome.ROLL_BACK]
+
+
 def test_a_loss_scale_of_nothing_gives_up(tmp_path: Path) -> None:
     """Few enough to stay within the budget, steps may still be skipped more often than the scale grows."""
     guard = attached(tmp_path, growth_steps=2000)
@@ -93,7 +106,7 @@ def test_what_is_not_judged_yet_is_settled_before_a_save(tmp_path: Path) -> None
         guard.note_step(step, torch.tensor(loss), torch.tensor(loss), [f"key{step}"])
         if step < 2:
             assert guard.settle() is None
-            assert guard.first_skipped() == 0
+            assert guard.skipped_steps() == (0,)
     assert guard.settle() is Outcome.ROLL_BACK
     assert guard.healthy_until == 0
 
@@ -101,10 +114,10 @@ def test_what_is_not_judged_yet_is_settled_before_a_save(tmp_path: Path) -> None
 def test_a_skipped_step_is_forgotten_after_a_while(tmp_path: Path) -> None:
     guard = attached(tmp_path, max_skipped=1)
     run_steps(guard, [math.nan] + [1.0] * (SKIP_WINDOW - 1))
-    assert guard.first_skipped() == 0
+    assert guard.skipped_steps() == (0,)
     guard.note_step(SKIP_WINDOW, torch.tensor(1.0), torch.tensor(1.0), [])
     guard.settle()
-    assert guard.first_skipped() is None
+    assert guard.skipped_steps() == ()
 
 
 def test_a_stop_on_any_rank_stops(tmp_path: Path) -> None:
@@ -139,6 +152,42 @@ def test_who_is_slow() -> None:
     assert slow_ranks([0.001, 0.01], 1.5) == []  # too little to matter
     assert slow_ranks([1.0, 2.0], 1.5) == [1]
     assert slow_ranks([1.0], 1.5) == []
+
+
+# Two ranks that hang, each in a fork of its own. SIGALRM ends one that its watchdog does not.
+TWO_THAT_HANG = """
+import os, signal, sys, time
+from pathlib import Path
+from trainer.distributed import single_process
+from trainer.watchdog import Watchdog
+
+def stderr_is_full(folder):
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+
+def disk_does_not_answer(folder):  # whoever opens a FIFO without a counterpart waits
+    for name in ("rank_00000", "rank_00000.tmp"):
+        os.mkfifo(folder / name)
+
+for case in (stderr_is_full, disk_does_not_answer):
+    folder = Path(sys.argv[1], case.__name__)
+    folder.mkdir()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        case(folder)
+        Watchdog(folder, single_process("cpu"), hang_minutes=0.01).start()
+        while True:
+            time.sleep(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_nothing_that_the_watchdog_waits_for_keeps_it_from_ending_the_rank(tmp_path: Path) -> None:
+    """What makes a rank hang may well be the disk that the report is read from or written to."""
+    command = [sys.executable, "-c", TWO_THAT_HANG, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=90)
+    assert done.stdout.split() == ["76", "76"], done.stderr
+    assert "no progress" in done.stderr
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=9), st.floats(1.1, 4))

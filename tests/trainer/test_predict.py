@@ -55,7 +55,7 @@ def photo() -> np.ndarray:
 @pytest.fixture(scope="module")
 def run_dir(scenes, tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "sam"
-    assert train.main(sam_arguments(scenes, path, "phases=[{name: joint, steps: 1}]")) == 0
+    assert train.main(sam_arguments(scenes, path, "phases=[{name: joint, steps: 1}]", "schedule.warmup_steps=1")) == 0
     return path
 
 

@@ -49,7 +49,7 @@ def test_the_prompts_are_those_of_the_loader_and_the_pictures_show_them(run_dir,
 
 def test_stage_one_shows_input_and_what_is_hidden(scenes, tmp_path):
     run = tmp_path / "mae"
-    assert train.main(mae_arguments(scenes, run, "phases=[{name: pretrain, steps: 1}]")) == 0
+    assert train.main(mae_arguments(scenes, run, "phases=[{name: pretrain, steps: 1}]", "schedule.warmup_steps=1")) == 0
     assert replay.main([str(run), "--step", "1"]) == 0
     image = np.asarray(Image.open(run / "replay" / "step_00000001" / f"{0:012d}.png"))
     assert image.shape == (64, 132, 3)

@@ -1,5 +1,7 @@
 """The entry point as a user runs it: golden losses, stop and go on, several ranks, bad input."""
 
+import errno
+import io
 import os
 import signal
 import socket
@@ -9,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,8 +23,10 @@ from trainer import loop, train
 from trainer.checkpoint import Checkpointer, load_weights
 from trainer.checkpoint_files import read_scores
 from trainer.config import load_config
+from trainer.data.batches import MaeBatch
 from trainer.distributed import single_process
-from trainer.metrics import Logger
+from trainer.guard import Guard
+from trainer.metrics import Logger, Meter
 from trainer.stages import build_pipeline
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -106,6 +111,20 @@ def test_a_stop_at_the_end_does_not_lose_the_last_evaluation(scenes, tmp_path, m
     assert train.main(arguments) == 0
     assert (tmp_path / "metrics.jsonl").read_text() == written  # it is there: nothing is left to do
     assert len(samples(tmp_path)) == 6 * 3
+
+
+def test_a_stop_waits_for_no_diagnosis(scenes, tmp_path, monkeypatch):
+    agree, diagnosed = loop.agree, Mock()
+
+    def stop_at_once(micro_batches, guard, world):
+        guard.stop_requested = True
+        return agree(micro_batches, guard, world)
+
+    monkeypatch.setattr(loop, "agree", stop_at_once)
+    monkeypatch.setattr(train, "diagnose_and_log", diagnosed)
+    assert train.main(sam_arguments(scenes, tmp_path, "diagnostics.every_steps=1")) == 75
+    assert newest(tmp_path).name == "step_00000001"
+    diagnosed.assert_not_called()
 
 
 def test_the_frozen_encoder_stays_until_joint_training(scenes, sam_run, tmp_path):
@@ -235,6 +254,49 @@ def test_all_config_problems_come_at_once_and_nothing_starts(scenes, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
+class FullDisk(io.TextIOBase):
+    """A stream that takes nothing."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_under_standard_error_changes_no_exit_code(scenes, tmp_path, monkeypatch):
+    config = train.load_config(*split(mae_arguments(scenes, tmp_path)))
+    ends = {ValueError("a"): 2, train.GaveUp("b"): 70, train.SaveError("c"): 74, torch.OutOfMemoryError("d"): 71}
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    for error, code in ends.items():
+        monkeypatch.setattr(train, "run", Mock(side_effect=error))
+        assert train.run_guarded(config, single_process("cpu"), Guard()) == code
+    assert train.main(["missing.yaml"]) == 2
+
+
+def test_nor_does_what_cannot_be_written_at_the_end_of_the_process():
+    """Where text is left in a buffer then, Python itself ends with 120."""
+    command = [sys.executable, "-m", "trainer.train", "missing.yaml"]
+    buffered = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "wb", buffering=0) as full:
+        done = subprocess.run(command, stdout=full, stderr=full, env=buffered, timeout=90)
+    assert done.returncode == 2
+
+
+def test_a_broken_sample_ends_nothing_where_it_cannot_be_named(monkeypatch, caplog):
+    one = torch.zeros(1)
+    batch = MaeBatch(torch.tensor([5]), one, ["sa_1"], ["sa_1: truncated"], 1, 1, one, one, one)
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    loop.note_samples(batch, 7, Meter(), None)
+    assert "step 7: sample trains nothing: sa_1: truncated" in caplog.text
+
+
+def test_half_of_a_launcher_is_an_error_in_a_line(scenes, tmp_path, monkeypatch, capsys):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert train.main(mae_arguments(scenes, tmp_path / "run")) == 2
+    assert "LOCAL_RANK is not: start with torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_cut_short_stops_training_and_names_the_repair(scenes, tmp_path, workers):
     """In a process of its own, so that it shows whether the program also ends."""
@@ -307,6 +369,20 @@ def test_a_change_that_is_named_is_allowed_and_the_samples_go_on(scenes, sam_run
     assert state.config["optim"]["lr"] == 1e-5
     assert "torch" in state.code
     assert train.main(sam_arguments(scenes, tmp_path / "run", *changed)) == 0  # the recipe now is the changed one
+
+
+def test_a_checkpoint_past_the_end_of_the_run_is_an_error(scenes, mae_run, tmp_path, capsys):
+    """Epochs are counted anew with another batch, and the run would end with code 0 where it had only begun."""
+    run_dir = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(mae_run), str(run_dir)], check=True)
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    changed = ["batch.global_size=8", "phases=[{name: pretrain, epochs: 1}]"]
+    allowed = "resume.allow_change=[phases, batch.global_size]"
+    assert train.main(mae_arguments(scenes, run_dir, *changed, allowed)) == 2
+    said = capsys.readouterr().err
+    assert "step_00000006 is at step 6, past the run's last step, 3" in said
+    assert "counted from step 0 with batch.global_size=8" in said
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
 def test_what_decides_what_is_learned_is_in_the_recipe(scenes):
