@@ -14,10 +14,8 @@ MAE_CONFIG=${MAE_CONFIG:-launch/configs/mae_vith.yaml}
 SAM_CONFIG=${SAM_CONFIG:-launch/configs/sam_vith.yaml}
 mae_overrides=()
 sam_overrides=()
-mae_run_dir=$(sed -n "s/^run_dir: *//; t found; d; :found; s/ *#.*//; s/^[\"']\(.*\)[\"'] *$/\1/; p" "$MAE_CONFIG")
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     mae_overrides+=("$1")
-    case $1 in run_dir=*) mae_run_dir=${1#run_dir=} ;; esac
     shift
 done
 if [ "${1:-}" = -- ]; then
@@ -25,10 +23,11 @@ if [ "${1:-}" = -- ]; then
     sam_overrides=("$@")
 fi
 
-if [ -z "$mae_run_dir" ]; then                       # SAM would start from random weights
-    echo "no run_dir in $MAE_CONFIG: name it, run_dir=..." >&2
-    exit 2
-fi
+# Both are looked at now: a wrong setting of stage 2 would else show after stage 1, in days.
+PYTHON=${PYTHON:-.venv/bin/python}
+mae_run_dir=$("$PYTHON" -m trainer.preflight "$MAE_CONFIG" ${mae_overrides[@]+"${mae_overrides[@]}"} --print-run-dir)
+sam_overrides=("model.init_from=$mae_run_dir" ${sam_overrides[@]+"${sam_overrides[@]}"})
+"$PYTHON" -m trainer.preflight "$SAM_CONFIG" "${sam_overrides[@]}" --print-run-dir > /dev/null
 
 # The options are words on purpose: several of them, split at blanks.
 # shellcheck disable=SC2086
@@ -36,5 +35,5 @@ mae=$(CONFIG=$MAE_CONFIG sbatch --parsable ${MAE_SBATCH:-} launch/mae_vith.slurm
 mae=${mae%%;*}                                       # a federation appends its cluster's name
 # shellcheck disable=SC2086
 sam=$(CONFIG=$SAM_CONFIG sbatch --parsable --dependency=afterok:"$mae" --kill-on-invalid-dep=yes ${SAM_SBATCH:-} \
-    launch/sam_vith.slurm "model.init_from=$mae_run_dir" ${sam_overrides[@]+"${sam_overrides[@]}"})
+    launch/sam_vith.slurm "${sam_overrides[@]}")
 echo "MAE is job $mae; SAM is job ${sam%%;*}, waits for it and starts from $mae_run_dir"

@@ -73,6 +73,9 @@ if [ "${PREFLIGHT:-1}" = 1 ]; then
     mkdir -p "$LOGS/preflight"
     timeout 120 srun --kill-on-bad-exit=0 --output="$LOGS/preflight/rank%4t.log" \
         "$PYTHON" -m trainer.preflight "${ARGUMENTS[@]}" --reports "$LOGS/preflight"
+    case $? in                                       # 128 + 15, 128 + 10: what a stopped process could not say is no finding
+        138 | 143) queue_again "stopped by a signal in preflight"; exit 1 ;;
+    esac
     "$PYTHON" -m trainer.preflight "${ARGUMENTS[@]}" --judge "$LOGS/preflight" --bad-nodes "$LOGS/bad_nodes" \
         --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" --tasks-per-node "$TASKS_PER_NODE"
     code=$?

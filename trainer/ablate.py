@@ -21,6 +21,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 from torch.utils.tensorboard import SummaryWriter
 
+from trainer.outputs import check_folder
+
 matplotlib.use("Agg")
 
 COLUMNS = ("box", "click_1", "click_3", "box_oracle", "click_1_oracle")
@@ -81,6 +83,11 @@ def main(arguments: list[str] | None = None) -> int:
         f"checkpoint.every_steps={options.steps}",
         *options.overrides,
     ]
+    try:
+        check_folder("--out", options.out)
+    except ValueError as error:
+        print(f"ablate: {error}", file=sys.stderr)
+        return 2
     if not same_settings(options.out, {"config": str(options.config), "shared": shared}):
         print(f"ablate: {options.out} holds rows of other settings; give another --out", file=sys.stderr)
         return 2

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from trainer.outputs import check_folder
+
 TRAIN_IMAGES, EVAL_IMAGES = 4000, 100
 EVAL_SEED_OFFSET = 1000  # scenes of seeds that training never sees
 MIN_OVER_FILLED_BOX, MIN_OVER_ONE_CLICK = 0.10, 0.03  # what "it learns" means
@@ -35,8 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: does it run?")
     options = parser.parse_args(arguments)
     out: Path = options.out
-    if options.data and not options.data.is_dir():
-        print(f"demo: DATA={options.data} is no folder", file=sys.stderr)
+    try:
+        check_folder("--out", out)
+        if options.data and not options.data.is_dir():
+            raise ValueError(f"DATA={options.data} is no folder")
+    except ValueError as error:
+        print(f"demo: {error}", file=sys.stderr)
         return 2
     prepare(
         out,

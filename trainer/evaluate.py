@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="run directory of stage 2, one of its checkpoints, or a file (.pth)")
     parser.add_argument("--shards", help="packed data set, directory or URL; default: the run's own evaluation data")
     parser.add_argument("--num-images", type=int, help="first images only; default: all")
-    parser.add_argument("--untrained", action="store_true", help="score the network before its first step")
+    parser.add_argument("--untrained", action="store_true", help="score random weights in its place")
     parser.add_argument("--random-clicks", action="store_true", help="score clicks drawn at random too")
     parser.add_argument("--out", type=Path, help="write the scores as JSON")
     parser.add_argument("--picture", type=Path, help="write a picture of some masks (PNG)")
@@ -304,6 +304,8 @@ def load_network(path: Path, overrides: list[str], untrained: bool) -> tuple[Sam
     """
     path = pointed_at(path)
     if path.is_file():
+        if untrained:
+            raise ValueError(f"--untrained scores random weights in a run's place; {path} is a file of weights")
         weights = read_weights(path)
         config = config_for_weights(weights, overrides)
         task = build_sam_task(config, frozen=(), initial_weights=False)
@@ -314,6 +316,8 @@ def load_network(path: Path, overrides: list[str], untrained: bool) -> tuple[Sam
         folder.name == "checkpoints" and not (path / "config.yaml").is_file()
     ):  # a checkpoint, not a run in such a folder
         run = folder.parent
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{path} is no run directory, no checkpoint of one and no file of weights")
     loaded = load_config(run / "config.yaml", overrides, check_paths=False)
     if not isinstance(loaded, SamConfig):
         raise ValueError(f"{run} is a run of stage {loaded.stage}; evaluation needs stage sam")

@@ -17,3 +17,12 @@ def check_file(option: str, path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{option}: {path} is a folder: name a file")
     check_place(option, path)
+
+
+def check_folder(option: str, path: Path) -> None:
+    """The same for a folder, which is made with its parents where it is not."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{option}: {there} is a file: name a folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{option}: no permission to write {there}")

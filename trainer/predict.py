@@ -96,6 +96,11 @@ def check_inside(image: np.ndarray, points: list[Point], box: Box | None) -> Non
 def settings_of(options: argparse.Namespace) -> Settings:
     if options.points_per_side < 1:
         raise ValueError(f"--points-per-side {options.points_per_side}: at least 1 is needed")
+    for name in ("min_predicted_iou", "min_stability", "max_box_iou"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: an IoU lies between 0 and 1")
+    if options.min_region_area < 0:
+        raise ValueError(f"--min-region-area {options.min_region_area}: an area in pixels, 0 for all")
     return Settings(
         points_per_side=options.points_per_side,
         min_predicted_iou=options.min_predicted_iou,

@@ -80,27 +80,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tasks-per-node", type=int, default=1, help="with --judge: reports expected of each")
     parser.add_argument("--bad-nodes", type=Path, help="with --judge: names of unfit nodes are written here")
     parser.add_argument("--print-step", action="store_true", help="only print the newest checkpoint's step, or -1")
+    parser.add_argument("--print-run-dir", action="store_true", help="only print where the run goes")
     options = parser.parse_intermixed_args(arguments)
     if options.judge:
         return judge(options.judge, options.nodes.split(","), options.tasks_per_node, options.bad_nodes)
     try:
-        config = load_config(options.config, options.overrides, check_paths=not options.print_step)
+        config = load_config(
+            options.config, options.overrides, check_paths=not (options.print_step or options.print_run_dir)
+        )
     except ConfigError as error:
         print(f"{options.config} cannot be run:\n{error}", file=sys.stderr)
         if options.reports:
             row = Row("config", False, str(error), "mend the settings above", "run")
             Report(int(os.environ.get("SLURM_PROCID", "0")), node_name(), [row]).write(options.reports)
         return 2
-    if options.print_step:
-        print(newest_step(config.run_dir))
+    if options.print_step or options.print_run_dir:
+        print(newest_step(config.run_dir) if options.print_step else config.run_dir)
         return 0
     return check_here(config, options.reports)
 
 
 def newest_step(run_dir: Path) -> int:
-    """Step of the newest checkpoint as `LATEST` names it, -1 without one."""
-    latest = run_dir / "checkpoints" / "LATEST"
-    return int(latest.read_text().strip().removeprefix("step_")) if latest.is_file() else -1
+    """Step of the newest checkpoint that was written to its end, -1 without one."""
+    found = (marker.parent.name.removeprefix("step_") for marker in run_dir.glob("checkpoints/step_*/COMPLETE"))
+    return max((int(step) for step in found if step.isdigit()), default=-1)  # step_*.abandoned are no steps
 
 
 def node_name() -> str:

@@ -24,6 +24,7 @@ from trainer.config import Config, ConfigError, MaeConfig, load_config
 from trainer.data.batches import Batch, MaeBatch, SamBatch
 from trainer.history import start_of
 from trainer.optim import phase_ends
+from trainer.outputs import check_folder
 from trainer.pictures import grid, sample_row
 from trainer.recipe import NOT_RECIPE, recipe
 from trainer.stages import Pipeline, build_pipeline
@@ -38,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder to write into; default: RUN/replay/step_N")
     parser.add_argument("--num-images", type=int, default=16, help="first images of the step only (default 16)")
     options = parser.parse_args(arguments)
+    out = options.out or options.run / "replay" / f"step_{options.step:08d}"
     try:
+        check_folder("--out", out)
         for name, value in (("--step", options.step), ("--num-images", options.num_images)):
             if value < 1:
                 raise ValueError(f"{name} counts from 1, is {value}")
@@ -57,7 +60,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"replay: {error}", file=sys.stderr)
         return 2
-    out = options.out or options.run / "replay" / f"step_{options.step:08d}"
     out.mkdir(parents=True, exist_ok=True)
     mask_ratio = config.model.mask_ratio if isinstance(config, MaeConfig) else 0.0
     with (out / "samples.jsonl").open("w") as lines:

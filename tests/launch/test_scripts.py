@@ -47,10 +47,11 @@ def slurm(tmp_path):
         code: int = 0,
         state: str = "RUNNING",
         judged: int = 0,
+        preflight: int = 0,  # what its srun ends with
         refused: str = "never",  # a verb of scontrol that fails
         **variables: str,
     ):
-        program(programs / "srun", f'case "$*" in *trainer.train*) exit {code};; esac')
+        program(programs / "srun", f'case "$*" in *trainer.train*) exit {code};; *) exit {preflight};; esac')
         queued = programs / "queued"
         queued.unlink(missing_ok=True)
         program(
@@ -136,25 +137,54 @@ def test_a_job_whose_nodes_cannot_be_excluded_is_not_left_held(slurm):
     assert "scontrol release 7" in calls
 
 
+@pytest.fixture
+def chain(tmp_path):
+    """Submit both stages with a false sbatch; returns what was printed, the exit code and the jobs' arguments."""
+    calls, sbatch, config = tmp_path / "calls", tmp_path / "sbatch", tmp_path / "mae.yaml"
+    sbatch.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" >> {calls}\necho 7\n')
+    sbatch.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "MAE_CONFIG": str(config)}
+
+    def submit(run_dir: str, *arguments: str, **variables: str) -> tuple[str, int, list[str]]:
+        tiny = (ROOT / "launch/configs/mae_tiny.yaml").read_text()
+        config.write_text(re.sub("(?m)^run_dir:.*$", run_dir, tiny))
+        command = [ROOT / "launch/pretrain_then_sam.sh", *arguments]
+        variables = {"PYTHON": sys.executable, **variables}
+        done = subprocess.run(command, env=environment | variables, capture_output=True, text=True)
+        return done.stdout + done.stderr, done.returncode, calls.read_text().splitlines() if calls.exists() else []
+
+    return submit
+
+
 @pytest.mark.parametrize(
     "line, found",
     [
         ("run_dir: runs/a   # the first", "runs/a"),
         ('run_dir: "runs/b c"', "runs/b c"),
-        ("run_dir: 'runs/d' # quoted", "runs/d"),
-        ("run_dirs: runs/e", None),
+        ("run_dir: runs/x#y", "runs/x#y"),
     ],
 )
-def test_sam_starts_from_the_run_that_the_config_of_mae_names(tmp_path, line, found):
-    config, calls, sbatch = tmp_path / "mae.yaml", tmp_path / "calls", tmp_path / "sbatch"
-    config.write_text(f"stage: mae\n{line}\n")
-    sbatch.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" >> {calls}\necho 7\n')
-    sbatch.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MAE_CONFIG": str(config)}
-    done = subprocess.run([ROOT / "launch/pretrain_then_sam.sh"], env=environment, capture_output=True, text=True)
-    assert done.returncode == (0 if found else 2), done.stderr
-    assert calls.exists() == (found is not None)
-    assert found is None or f"model.init_from={found}" in calls.read_text().splitlines()
+def test_sam_starts_from_the_run_that_the_config_of_mae_names(chain, line, found):
+    said, code, calls = chain(line)
+    assert code == 0, said
+    assert f"model.init_from={found}" in calls
+    _, _, calls = chain(line, "run_dir=runs/given")
+    assert "model.init_from=runs/given" in calls
+
+
+@pytest.mark.parametrize(
+    "line, arguments, variables, named",
+    [
+        ("run_dirs: runs/e", [], {}, "run_dir"),
+        ("run_dir: null", [], {}, "run_dir"),
+        ("run_dir: runs/a", ["--", "optim.lrr=1"], {}, "did you mean lr?"),
+        ("run_dir: runs/a", [], {"SAM_CONFIG": "/nope.yaml"}, "/nope.yaml does not exist"),
+    ],
+)
+def test_what_is_wrong_with_either_stage_is_said_before_the_first_is_queued(chain, line, arguments, variables, named):
+    said, code, calls = chain(line, *arguments, **variables)
+    assert (code, calls) == (2, [])
+    assert named in said
 
 
 def test_the_guard_counts_starts_without_a_step(slurm):
@@ -167,6 +197,16 @@ def test_the_guard_counts_starts_without_a_step(slurm):
     assert code == 1
     assert "giving up: 3 starts at step 5" in log
     assert not any(call.startswith(("srun", "scontrol requeue")) for call in calls[num_calls:])
+
+
+@pytest.mark.parametrize("ended", [143, 138])
+def test_a_stop_in_the_preflight_is_no_finding(slurm, ended):
+    """SIGTERM, SIGUSR1: processes that had no time to report must not look like broken nodes or wrong settings."""
+    code, log, calls = slurm("sam_vith.slurm", [], judged=1, preflight=ended)
+    assert code == 0
+    assert "stopped by a signal in preflight" in log
+    assert "scontrol requeue 7" in calls
+    assert not any("--judge" in call or "ExcNodeList=n" in call for call in calls)
 
 
 def test_bad_nodes_are_excluded_beside_those_excluded_before(slurm):

@@ -186,6 +186,20 @@ def test_a_bad_node_is_excluded_and_the_job_goes_elsewhere(cluster, packed):
     assert run.saved_step() == 3
 
 
+def test_a_stop_in_the_preflight_queues_the_job_again(cluster, packed):
+    """Processes that were stopped before they could report are no finding about their nodes."""
+    run = Run(cluster, packed, "stopped_early")
+    run.set_steps(2)
+    job = cluster.sbatch("launch/sam_vith.slurm", CONFIG=str(run.config))
+    begun = cluster.project / f"runs/slurm/sam_vith-{job}/preflight/rank0000.log"
+    cluster.wait(job, "preflight", begun.exists)
+    cluster.run("scancel", "--signal=TERM", job)  # to the processes and not to the script, as before a time limit
+    cluster.wait_state(job, "COMPLETED")
+    assert "stopped by a signal in preflight" in cluster.log(job)
+    assert cluster.show(job)["Restarts"] == "1"
+    assert run.saved_step() == 2
+
+
 def test_a_run_that_gets_no_further_is_given_up(cluster, packed):
     """Each start dies at the same place: after the second without a new step, no third is made."""
     run = Run(cluster, packed, "nowhere")

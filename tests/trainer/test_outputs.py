@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.outputs import check_file, check_place
+from trainer.outputs import check_file, check_folder, check_place
 
 
 def test_new_and_old_files_and_folders(tmp_path, monkeypatch):
@@ -24,6 +24,15 @@ def test_no_folder(check, tmp_path):
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(ValueError, match="is a folder: name a file"):
         check_file("--out", tmp_path)
+
+
+def test_a_file_is_no_folder_nor_is_there_one_below_it(tmp_path):
+    (tmp_path / "file").touch()
+    check_folder("--out", tmp_path / "a" / "b")
+    check_folder("--out", tmp_path)
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"--out: .*file is a file: name a folder"):
+            check_folder("--out", path)
 
 
 @pytest.mark.parametrize("name", ["new", "old"])

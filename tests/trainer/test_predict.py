@@ -225,6 +225,8 @@ def test_wrong_arguments_are_explained(run_dir, tmp_path, capsys, more, message)
         (["--box=-9,-9,-1,-1"], "does not touch the image"),
         (["--everything", "--points-per-side", "0"], "at least 1 is needed"),
         (["--point", "5,5", "--out", "nowhere/x"], "nowhere is no folder"),
+        (["--everything", "--max-box-iou", "nan"], "--max-box-iou nan: an IoU lies between 0 and 1"),
+        (["--everything", "--min-region-area", "-5"], "--min-region-area -5: an area in pixels"),
     ],
 )
 def test_prompts_that_make_no_sense_are_refused(run_dir, photo, tmp_path, capsys, more, message):

@@ -159,8 +159,11 @@ def test_space_is_that_of_the_checkpoints_to_come(scenes, tmp_path, monkeypatch)
 
 def test_newest_step(tmp_path):
     assert newest_step(tmp_path) == -1
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints/LATEST").write_text("step_00002000\n")
+    for name in ("step_00000500", "step_00002000", "step_00003000.abandoned"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "COMPLETE").touch()
+    (tmp_path / "checkpoints/step_00004000").mkdir()  # died while it was written
+    (tmp_path / "checkpoints/LATEST").touch()  # an empty one, as a full disk leaves it
     assert newest_step(tmp_path) == 2000
 
 
