@@ -138,6 +138,20 @@ def test_more_shards_never_need_more_memory_and_one_rank_needs_all():
     assert memory.states("fsdp2", shape, 250, 8).states == 64
 
 
+@pytest.mark.parametrize("sharding, ranks, shard", [("fsdp2", 250, 16), ("hsdp", 16, 500), ("fsdp2", 1, 4000)])
+def test_shards_that_accumulate_hold_the_whole_gradient_beside_theirs(sharding, ranks, shard):
+    shape = memory.Shape(1000, 100, 90)
+    assert memory.states(sharding, shape, ranks, 8, num_micro=1).gradients == shard
+    assert memory.states(sharding, shape, ranks, 8, num_micro=2).gradients == shard + (4000 if ranks > 1 else 0)
+
+
+def test_the_plan_of_a_node_knows_that_it_accumulates():
+    config = config_of("sam_tiny", "engine.kind=fsdp2", "batch.global_size=16", "batch.micro=1")
+    whole = memory.shape_of(config).num_parameters * 4
+    assert memory.estimate(config, 16, 8).gradients == pytest.approx(whole / 16)
+    assert memory.estimate(config, 8, 8).gradients == pytest.approx(whole / 8 + whole)
+
+
 @pytest.mark.slow
 def test_what_fits_is_the_edge():
     config = config_of("sam_tiny")
@@ -174,6 +188,16 @@ def test_states_of_the_torch_engines_are_what_the_real_engine_builds():
     seen = dry_run.fake_step(config, 0, 256, 8)
     # FSDP2 gives rank 0 the rounded-up share of each tensor's first dimension, so small tensors weigh more.
     assert shape.num_parameters * 4 / 256 <= seen["weights"] <= shape.num_parameters * 4 / 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, shards", [("fsdp2", 16), ("hsdp", 8)])
+def test_the_last_micro_batch_turns_whole_gradients_into_shards(kind, shards):
+    """What the plan says of accumulation, on the real engine."""
+    config = config_of("sam_tiny", f"engine.kind={kind}", "engine.precision=fp32", "batch.micro=1")
+    whole = memory.shape_of(config).num_parameters * 4
+    seen = dry_run.fake_step(config, 0, 16, 8, num_micro=2)
+    assert seen["reduced"] / whole == pytest.approx(1 - 1 / shards, abs=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------------- dry run

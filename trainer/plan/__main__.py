@@ -137,7 +137,7 @@ def report_flow(config: Config, options: argparse.Namespace, gpu: Gpu, step: tim
     """What moves: between GPUs, from disk, to disk."""
     shape = memory.shape_of(config)
     gpus, per_node = options.gpus, options.gpus_per_node
-    num_micro = timing.num_micro_batches(config, gpus)
+    num_micro = memory.num_micro_batches(config, gpus)
     print(f"\nTraffic a GPU sends in a step ({num_micro} micro-batches)")
     for sharding in memory.SHARDINGS:
         flow = timing.traffic(sharding, 4.0 * shape.num_parameters, gpus, per_node, num_micro, gpu)

@@ -75,8 +75,14 @@ def _shape_of(config: Config) -> Shape:
     return Shape(total, total - sum(units), max(units))
 
 
-def states(sharding: str, shape: Shape, num_ranks: int, ranks_of_node: int) -> Memory:
-    """Everything but activations. One rank needs no shards and no buckets."""
+def num_micro_batches(config: Config, num_ranks: int) -> int:
+    """Of a step, on each rank."""
+    images = -(-config.batch.global_size // num_ranks)
+    return -(-images // config.batch.micro)
+
+
+def states(sharding: str, shape: Shape, num_ranks: int, ranks_of_node: int, num_micro: int = 1) -> Memory:
+    """Everything but activations, with `num_micro` micro-batches a step. One rank needs no shards and no buckets."""
     n = shape.num_parameters * FP32
     shards = {"ddp": 1, "zero0": 1, "hsdp": min(ranks_of_node, num_ranks)}.get(sharding, num_ranks)
     memory = Memory(n, n, 2 * n, 0, 0, 0, 0, 0, WORKSPACE)
@@ -86,10 +92,12 @@ def states(sharding: str, shape: Shape, num_ranks: int, ranks_of_node: int) -> M
         # The root is gathered from its forward to its backward. Of units, the one that runs and the one fetched ahead,
         # and in the backward pass the gradient of the one before, whole, in the reduce-scatter's input.
         whole = (shape.num_root + 2 * shape.largest_unit) * FP32
+        # Ranks reduce at the last micro-batch only: until then each adds up the whole gradient, and then has its shard.
+        gradients = n / shards + (n if num_micro > 1 and shards > 1 else 0)
         return replace(
             memory,
             parameters=n / shards,
-            gradients=n / shards,
+            gradients=gradients,
             moments=2 * n / shards,
             gathered=2 * whole if num_ranks > 1 else 0,
         )
@@ -176,10 +184,15 @@ def estimate(
     images: int | None = None,
     masks: int | None = None,
 ) -> Memory:
-    """Memory of one GPU; what is not given is the config's. No rank holds more than the largest micro-batch."""
+    """Memory of one GPU; what is not given is the config's. No rank holds more than the largest micro-batch.
+
+    Accumulation is that of the config's micro-batch also where `images` is another: a larger one that needs none is not
+    allowed for, so that more images never need less memory.
+    """
     images = config.batch.micro if images is None else images
     masks = masks_of(config) if masks is None else masks
-    held = states(sharding or sharding_of(config), shape_of(config), num_ranks, ranks_of_node)
+    num_micro = num_micro_batches(config, num_ranks)
+    held = states(sharding or sharding_of(config), shape_of(config), num_ranks, ranks_of_node, num_micro)
     encoder, rounds, working = activations(config).at(images, masks)
     return replace(
         held, encoder=encoder * FRAGMENTATION, rounds=rounds * FRAGMENTATION, working=working * FRAGMENTATION

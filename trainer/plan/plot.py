@@ -21,7 +21,7 @@ def points(config: Config, gpu: Gpu, gpus_per_node: int, mfu: float) -> list[tup
     found = []
     for size in SIZES:
         step = timing.step_time(work, size, config.batch.global_size, gpu, mfu)
-        micro = timing.num_micro_batches(config, size)
+        micro = memory.num_micro_batches(config, size)
         flow = timing.traffic(memory.sharding_of(config), 4.0 * shape.num_parameters, size, gpus_per_node, micro, gpu)
         hidden = step.seconds * 2 / 3  # the backward pass of a step
         seconds = step.seconds + max(0.0, flow.seconds_in_node + flow.seconds_between - hidden)

@@ -87,11 +87,6 @@ class Traffic:
     overlap: str
 
 
-def num_micro_batches(config: Config, num_gpus: int) -> int:
-    images = -(-config.batch.global_size // num_gpus)
-    return -(-images // config.batch.micro)
-
-
 def traffic(
     sharding: str, parameter_bytes: float, num_ranks: int, ranks_of_node: int, num_micro: int, gpu: Gpu
 ) -> Traffic:
