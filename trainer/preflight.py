@@ -220,10 +220,10 @@ def checkpoints_kept(config: Config) -> int:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Weights of all parameters and two moments, fp32, by the real modules without storage."""
-    from trainer.plan.simulate import count_parameters
+    """Of one checkpoint, as the plan says."""
+    from trainer.plan import memory
 
-    return 12 * count_parameters(config)
+    return memory.checkpoint_bytes(config)
 
 
 def check_shards(name: str, source: str) -> Row:

@@ -18,6 +18,7 @@ from trainer.plan.simulate import Watch, simulate
 
 CONFIGS = Path(__file__).parents[2] / "launch/configs"
 A100 = GPUS["a100-80gb"]
+HEAD_ONLY = "phases=[{name: head, steps: 900, frozen: [image_encoder]}]"
 
 
 def config_of(name: str, *overrides: str) -> Config:
@@ -95,6 +96,16 @@ def test_gpus_are_found_by_the_names_that_drivers_give():
 
 
 # ----------------------------------------------------------------------------------------------------------- memory
+
+
+def test_a_checkpoint_holds_moments_and_an_average_of_what_is_trained():
+    whole = memory.shape_of(config_of("sam_tiny")).num_parameters
+    assert memory.checkpoint_bytes(config_of("sam_tiny")) == 12 * whole
+    assert memory.checkpoint_bytes(config_of("sam_tiny", "optim.ema_decay=0.999")) == 16 * whole
+    head = config_of("sam_tiny", HEAD_ONLY, "optim.ema_decay=0.999")
+    trained = memory.shape_of(head).trained
+    assert 0 < trained < whole
+    assert memory.checkpoint_bytes(head) == 4 * whole + 12 * trained
 
 
 def test_watch_counts_what_is_alive_and_the_peak():

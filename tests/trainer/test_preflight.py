@@ -20,6 +20,7 @@ from trainer.preflight import (
     check_shards,
     check_space,
     check_writable,
+    checkpoint_bytes,
     judge,
     judge_reports,
     main,
@@ -155,6 +156,15 @@ def test_space_is_that_of_the_checkpoints_to_come(scenes, tmp_path, monkeypatch)
     more = ["checkpoint.every_steps=10", "checkpoint.keep_every=2", "phases=[{name: all, steps: 100}]"]
     config = load_config(Path(arguments[0]), [*arguments[1:], *more])
     assert "9.0 GB to come" in check_space(config).found  # and steps 20, 40, ... 100 for good
+
+
+def test_a_checkpoint_with_averaged_weights_is_a_third_larger(scenes, tmp_path):
+    arguments = sam_arguments(scenes, tmp_path)
+    plain, averaged = (
+        checkpoint_bytes(load_config(Path(arguments[0]), [*arguments[1:], *more]))
+        for more in ([], ["optim.ema_decay=0.999"])
+    )
+    assert 3 * averaged == 4 * plain
 
 
 def test_newest_step(tmp_path):

@@ -146,7 +146,8 @@ def report_flow(config: Config, options: argparse.Namespace, gpu: Gpu, step: tim
             f"{flow.between_nodes / 1e9:6.2f} GB between nodes {flow.seconds_between * 1e3:7.1f} ms; {flow.overlap}"
         )
     read = timing.reading(config, step, gpus, per_node)
-    size, seconds = timing.checkpoint(shape.num_parameters, -(-gpus // per_node))
+    size = memory.checkpoint_bytes(config)
+    seconds = timing.checkpoint_seconds(size, -(-gpus // per_node))
     print(f"\nReading    {read.images_per_second_node:.1f} images/s a node: {read.cores_node:.1f} cores")
     print(f"Checkpoint {size / 1e9:.2f} GB, {seconds:.1f} s at 2 GB/s a node")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from trainer.config import Config, SamConfig
-from trainer.plan.simulate import Simulation, fake_task, pretend_gpu, simulate
+from trainer.plan.simulate import Simulation, fake_task, frozen_of, pretend_gpu, simulate
 
 FP32 = 4  # bytes; weights, gradients and moments all are (docs/decisions/0004)
 DDP_BUCKET = 25 << 20  # bytes; gradients are views of the buckets, so only the one in flight counts twice
@@ -30,6 +30,11 @@ class Shape:
     num_parameters: int
     num_root: int  # not inside any shard unit
     largest_unit: int  # parameters of the largest shard unit
+    num_trained: int | None = None  # in the last phase, which trains most; None: all of them
+
+    @property
+    def trained(self) -> int:
+        return self.num_parameters if self.num_trained is None else self.num_trained
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,25 @@ def sharding_of(config: Config) -> str:
 
 
 def shape_of(config: Config) -> Shape:
-    """Counts of the network; how it is trained does not matter."""
+    """Counts of the network; what is recomputed does not matter."""
     return _shape_of(with_recompute(config, False, False))
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """All weights; of the trained ones two moments, and the average where there is one. All fp32."""
+    shape = shape_of(config)
+    copies = 2 if config.optim.ema_decay is None else 3
+    return FP32 * (shape.num_parameters + copies * shape.trained)
 
 
 @lru_cache(maxsize=8)
 def _shape_of(config: Config) -> Shape:
     with pretend_gpu():
-        task = fake_task(config)
+        task = fake_task(config, frozen_of(config))
         units = [sum(p.numel() for p in unit.parameters()) for unit in task.shard_units()]
         total = sum(p.numel() for p in task.parameters())
-    return Shape(total, total - sum(units), max(units))
+        trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    return Shape(total, total - sum(units), max(units), trained)
 
 
 def num_micro_batches(config: Config, num_ranks: int) -> int:

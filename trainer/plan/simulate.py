@@ -184,14 +184,14 @@ def fake_batch(config: Config, images: int, masks: int, device: str = "cpu") -> 
     )
 
 
+def frozen_of(config: Config) -> tuple[str, ...]:
+    """Parts that the last phase does not train. It trains most: a phase freezes nothing that one before it trained."""
+    return config.phases[-1].frozen
+
+
 def fake_task(config: Config, frozen: tuple[str, ...] = ()) -> nn.Module:
     """The task of the config, without its starting weights; inside `pretend_gpu` or another fake mode."""
     return build_task(config, frozen, initial_weights=False).train()
-
-
-def count_parameters(config: Config) -> int:
-    with pretend_gpu():
-        return sum(parameter.numel() for parameter in fake_task(config).parameters())
 
 
 @dataclass

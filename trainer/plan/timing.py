@@ -180,12 +180,9 @@ def reading(config: Config, step: Step, num_gpus: int, gpus_of_node: int) -> Rea
     return Reading(per_second, per_second / LOADER_IMAGES_PER_CORE[config.stage])
 
 
-def checkpoint(parameters: int, num_nodes: int, storage_bandwidth: float = 2e9) -> tuple[float, float]:
-    """(bytes, seconds): weights and two moments in fp32, all nodes writing at `storage_bandwidth` bytes/s each, read
-    back once for their checksums.
-    """
-    size = 12.0 * parameters
-    return size, 2 * size / (storage_bandwidth * num_nodes)
+def checkpoint_seconds(size: int, num_nodes: int, storage_bandwidth: float = 2e9) -> float:
+    """For `size` bytes, all nodes writing at `storage_bandwidth` bytes/s each, read back once for their checksums."""
+    return 2 * size / (storage_bandwidth * num_nodes)
 
 
 def images_per_second(config: Config, gpu: Gpu, utilisation: float = 0.4) -> float:
