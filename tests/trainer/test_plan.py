@@ -18,6 +18,7 @@ from trainer.plan.simulate import Watch, simulate
 
 CONFIGS = Path(__file__).parents[2] / "launch/configs"
 A100 = GPUS["a100-80gb"]
+UNCHANGED = ["data.horizontal_flip=0", "data.color_jitter=0"]  # as embeddings need their images
 HEAD_ONLY = "phases=[{name: head, steps: 900, frozen: [image_encoder]}]"
 
 
@@ -132,12 +133,54 @@ def test_activations_are_linear_so_three_points_say_all():
 
 def test_recomputing_saves_memory_and_costs_flops():
     config = config_of("sam_tiny", "prompts.rounds=2")
-    whole, again = (simulate(memory.with_recompute(config, flag, flag), 1, 4) for flag in (False, True))
+    whole, again = (
+        simulate(memory.with_recompute(config, blocks, rounds), 1, 4)
+        for blocks, rounds in (("none", False), ("block", True))
+    )
     for part in ("encoder", "decoder"):
         assert getattr(again, part).saved_bytes < 0.5 * getattr(whole, part).saved_bytes
         # One more forward pass, less what nothing in the backward pass needs.
         more = getattr(again, part).backward_flops - getattr(whole, part).backward_flops
         assert 0.5 * getattr(whole, part).flops < more <= getattr(whole, part).flops
+
+
+def test_selective_recomputation_lies_between_all_and_nothing():
+    kept = []
+    for blocks in ("block", "selective", "none"):
+        config = config_of("sam_tiny", f"engine.activation_checkpointing={blocks}", "engine.precision=bf16")
+        kept.append(memory.activations(config).at(1, 2)[0])
+    assert kept[0] < 0.9 * kept[1] < 0.8 * kept[2]
+
+
+def test_a_frozen_encoder_keeps_nothing_and_read_embeddings_cost_no_arithmetic():
+    work = {}
+    for name, more in (("all", []), ("frozen", [HEAD_ONLY]), ("read", [HEAD_ONLY, "data.embeddings=e", *UNCHANGED])):
+        config = config_of("sam_tiny", *more)
+        work[name] = count_work(config)
+        encoder = simulate(config, 1, 2).encoder
+        assert (encoder.saved_bytes > 1e5) == (encoder.backward_flops > 0) == (name == "all")
+        assert (encoder.flops > 0) == (name != "read")
+        head = memory.states("ddp", memory.shape_of(config), 1, 1)
+        assert (head.gradients < 0.8 * head.parameters) == (name != "all")
+        assert head.moments == 2 * head.gradients
+    assert work["all"].training - work["frozen"].training == pytest.approx(2 * work["all"].encoder)
+    assert work["frozen"].training - work["read"].training == pytest.approx(work["all"].encoder)
+
+
+def test_averaged_weights_are_counted_as_the_parameters_lie():
+    shape = memory.Shape(1000, 100, 90, 600)
+    for sharding, wanted in (("ddp", 2400), ("fsdp2", 150), ("hsdp", 300), ("zero2", 2400)):
+        plain, averaged = (memory.states(sharding, shape, 16, 8, averaged=flag) for flag in (False, True))
+        assert averaged.total - plain.total == wanted
+    assert "zero3" not in memory.shardings_of(config_of("sam_tiny", "optim.ema_decay=0.999"))
+
+
+def test_what_no_estimate_knows_is_named():
+    more = ["engine.kind=deepspeed", "engine.offload_optimizer=true", "engine.reduce_dtype=bf16"]
+    offload, reduced = memory.not_counted(config_of("sam_tiny", *more))
+    assert offload.startswith("engine.offload_optimizer (")
+    assert reduced.startswith("engine.reduce_dtype=bf16 (")
+    assert memory.not_counted(config_of("sam_tiny")) == []
 
 
 def test_more_shards_never_need_more_memory_and_one_rank_needs_all():

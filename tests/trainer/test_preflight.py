@@ -24,6 +24,7 @@ from trainer.preflight import (
     judge,
     judge_reports,
     main,
+    memory_row,
     newest_step,
 )
 
@@ -165,6 +166,14 @@ def test_a_checkpoint_with_averaged_weights_is_a_third_larger(scenes, tmp_path):
         for more in ([], ["optim.ema_decay=0.999"])
     )
     assert 3 * averaged == 4 * plain
+
+
+def test_memory_that_is_not_all_counted_warns_and_does_not_fail():
+    assert memory_row(50e9, 80e9, 85e9, []).ok
+    assert not memory_row(90e9, 80e9, 85e9, []).ok
+    row = memory_row(90e9, 80e9, 85e9, ["engine.compile"])
+    assert row.ok
+    assert "WARNING, it may not fit; not counted: engine.compile" in row.found
 
 
 def test_newest_step(tmp_path):

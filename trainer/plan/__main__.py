@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trainer.config import Config, ConfigError, SamConfig, load_config
 from trainer.plan import dry_run, memory, timing
-from trainer.plan.count import Work, count_work
+from trainer.plan.count import TRAINING, Work, count_work
 from trainer.plan.hardware import GPUS, Gpu
 from trainer.plan.plot import plot
 
@@ -101,6 +101,8 @@ def report_time(config: Config, options: argparse.Namespace, gpu: Gpu, work: Wor
     print(f"  encoder forward           {work.encoder / 1e12:10.3f} TFLOP")
     print(f"  {second + ' forward':<25} {work.decoder / 1e12:10.3f} TFLOP")
     print(f"  training, nothing twice   {work.training / 1e12:10.3f} TFLOP")
+    if work.encoder_passes != TRAINING:
+        print("  the encoder is frozen: " + ("forward only" if work.encoder_passes else "its embeddings are read"))
     least = 0.0
     if not options.no_memory:
         least = report_roofline(config, gpu, gpus)
@@ -158,14 +160,18 @@ def report_memory(config: Config, options: argparse.Namespace, gpu: Gpu) -> bool
     print(f"\nMemory of a GPU as configured ({memory.sharding_of(config)}, micro-batch {config.batch.micro})")
     for name, value in vars(here).items():
         print(f"  {name:<12} {value / GIB:8.2f} GiB")
-    verdict = "fits" if here.total <= gpu.memory_bytes else "DOES NOT FIT"
+    unknown = memory.not_counted(config)
+    verdict = "fits" if here.total <= gpu.memory_bytes else "MAY NOT FIT" if unknown else "DOES NOT FIT"
     print(f"  {'total':<12} {here.total / GIB:8.2f} GiB of {gpu.memory_bytes / GIB:.0f}: {verdict}")
+    if unknown:
+        print(f"  not counted: {'; '.join(unknown)}")
     fits = memory.fits_of(config, options.gpus, options.gpus_per_node, gpu.memory_bytes)
-    print("\n  sharding  recomputed      states     total   largest micro-batch   most masks at one image")
+    print("\n  sharding  recomputed         states     total   largest micro-batch   most masks at one image")
     for fit in fits:
-        again = "+".join(name for name, is_on in (("blocks", fit.blocks), ("rounds", fit.rounds)) if is_on) or "nothing"
+        parts = {"none": [], "selective": ["selective"], "block": ["blocks"]}[fit.blocks] + ["rounds"] * fit.rounds
+        again = "+".join(parts) or "nothing"
         print(
-            f"  {fit.sharding:<8}  {again:<13} {fit.memory.states / GIB:7.2f} {fit.memory.total / GIB:9.2f} GiB "
+            f"  {fit.sharding:<8}  {again:<16} {fit.memory.states / GIB:7.2f} {fit.memory.total / GIB:9.2f} GiB "
             f"{fit.max_images:12d} {fit.max_masks:20d}"
         )
     chosen, why = memory.recommend(fits, config.batch.micro)
@@ -174,11 +180,11 @@ def report_memory(config: Config, options: argparse.Namespace, gpu: Gpu) -> bool
     else:
         engine, _, stage = chosen.sharding.partition("zero")
         settings = [f"engine.kind={engine or 'deepspeed'}", *([f"engine.zero_stage={stage}"] if stage else [])]
-        settings.append(f"engine.activation_checkpointing={'block' if chosen.blocks else 'none'}")
+        settings.append(f"engine.activation_checkpointing={chosen.blocks}")
         if isinstance(config, SamConfig):
             settings.append(f"engine.checkpoint_rounds={str(chosen.rounds).lower()}")
         print(f"\nRecommended: {' '.join(settings)}\n  {why}; recomputes no more than it must")
-    return here.total > gpu.memory_bytes
+    return here.total > gpu.memory_bytes and not unknown
 
 
 def report_dry_run(config: Config, options: argparse.Namespace) -> bool:

@@ -21,7 +21,7 @@ from trainer.data.order import StepSampler
 from trainer.distributed import World
 from trainer.optim import first_trained, param_groups
 from trainer.parallel.engine import build_engine
-from trainer.plan.simulate import Watch, fake_batch, fake_task, without_initialisation
+from trainer.plan.simulate import Watch, fake_batch, fake_task, frozen_of, without_initialisation
 from trainer.stages import encoder_depth
 
 
@@ -60,7 +60,7 @@ def fake_step(
         stack.enter_context(patch("trainer.parallel.initial.check_filled", lambda task: None))  # it looks at values
         stack.enter_context(FakeTensorMode())
         watch = stack.enter_context(Watch())
-        task = fake_task(config)
+        task = fake_task(config, frozen_of(config))
         depth = encoder_depth(config) if isinstance(config, SamConfig) else 0
         groups = param_groups(task.named_parameters(), config.optim, depth, first_trained(config.phases))
         engine = build_engine(task, config, groups, world)

@@ -7,6 +7,8 @@ task on fake tensors (simulate.py). Letters: N trained parameters, S ranks that 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
+from typing import Literal
 
 from trainer.config import Config, SamConfig
 from trainer.plan.simulate import Simulation, fake_task, frozen_of, pretend_gpu, simulate
@@ -20,6 +22,8 @@ FRAGMENTATION = 1.03  # of activations: the allocator's rounding (an allowance, 
 
 FEW = 2  # masks of a simulation
 
+Recompute = Literal["none", "selective", "block"]
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "block")  # from little to much
 SHARDINGS = ("ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
 
 
@@ -44,6 +48,7 @@ class Memory:
     parameters: float
     gradients: float
     moments: float
+    average: float  # of the weights, with optim.ema_decay
     gathered: float  # whole blocks that shards are gathered into, and their gradients
     buckets: float
     encoder: float  # saved activations
@@ -53,7 +58,7 @@ class Memory:
 
     @property
     def states(self) -> float:
-        return self.parameters + self.gradients + self.moments
+        return self.parameters + self.gradients + self.moments + self.average
 
     @property
     def total(self) -> float:
@@ -66,9 +71,30 @@ def sharding_of(config: Config) -> str:
     return f"zero{engine.zero_stage}" if engine.kind == "deepspeed" else engine.kind
 
 
+def shardings_of(config: Config) -> tuple[str, ...]:
+    """Those that can be had with the config's other settings."""
+    without_zero3 = config.optim.ema_decay is not None  # averages weights that ZeRO-3 does not show
+    return tuple(sharding for sharding in SHARDINGS if not (sharding == "zero3" and without_zero3))
+
+
+def not_counted(config: Config) -> list[str]:
+    """Settings of the config that change memory and are in no estimate."""
+    engine = config.engine
+    found = []
+    if engine.offload_optimizer:
+        found.append("engine.offload_optimizer (less: masters and moments leave the GPU)")
+    if engine.precision == "deepspeed_fp16":
+        found.append("engine.precision=deepspeed_fp16 (less: weights and gradients have two bytes)")
+    if engine.reduce_dtype != "fp32":
+        found.append(f"engine.reduce_dtype={engine.reduce_dtype} (other buckets)")
+    if engine.compile:
+        found.append("engine.compile (less: fused kernels keep less)")
+    return found
+
+
 def shape_of(config: Config) -> Shape:
     """Counts of the network; what is recomputed does not matter."""
-    return _shape_of(with_recompute(config, False, False))
+    return _shape_of(with_recompute(config, "none", False))
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -94,11 +120,18 @@ def num_micro_batches(config: Config, num_ranks: int) -> int:
     return -(-images // config.batch.micro)
 
 
-def states(sharding: str, shape: Shape, num_ranks: int, ranks_of_node: int, num_micro: int = 1) -> Memory:
-    """Everything but activations, with `num_micro` micro-batches a step. One rank needs no shards and no buckets."""
-    n = shape.num_parameters * FP32
+def states(
+    sharding: str, shape: Shape, num_ranks: int, ranks_of_node: int, num_micro: int = 1, averaged: bool = False
+) -> Memory:
+    """Everything but activations, with `num_micro` micro-batches a step. One rank needs no shards and no buckets.
+
+    `averaged`: with optim.ema_decay. Evaluation then keeps the weights aside in one copy more, but has no gradients and
+    saves no activations, so it is not the worst moment.
+    """
+    n, trained = shape.num_parameters * FP32, shape.trained * FP32
+    average = trained if averaged else 0
     shards = {"ddp": 1, "zero0": 1, "hsdp": min(ranks_of_node, num_ranks)}.get(sharding, num_ranks)
-    memory = Memory(n, n, 2 * n, 0, 0, 0, 0, 0, WORKSPACE)
+    memory = Memory(n, trained, 2 * trained, average, 0, 0, 0, 0, 0, WORKSPACE)
     if sharding == "ddp":
         return replace(memory, buckets=DDP_BUCKET if num_ranks > 1 else 0)
     if sharding in ("fsdp2", "hsdp"):
@@ -106,26 +139,27 @@ def states(sharding: str, shape: Shape, num_ranks: int, ranks_of_node: int, num_
         # and in the backward pass the gradient of the one before, whole, in the reduce-scatter's input.
         whole = (shape.num_root + 2 * shape.largest_unit) * FP32
         # Ranks reduce at the last micro-batch only: until then each adds up the whole gradient, and then has its shard.
-        gradients = n / shards + (n if num_micro > 1 and shards > 1 else 0)
+        gradients = trained / shards + (trained if num_micro > 1 and shards > 1 else 0)
         return replace(
             memory,
             parameters=n / shards,
             gradients=gradients,
-            moments=2 * n / shards,
+            moments=2 * trained / shards,
+            average=average / shards,
             gathered=2 * whole if num_ranks > 1 else 0,
         )
     if sharding == "zero0":
         return replace(memory, buckets=ZERO_BUCKET if num_ranks > 1 else 0)
     # ZeRO keeps an fp32 master of its part beside the module's weights, although those are fp32 already.
-    master = n / shards
+    master = trained / shards
     whole_weights = n if sharding != "zero3" else n / shards
-    gradients = n if sharding == "zero1" else n / shards
+    gradients = trained if sharding == "zero1" else trained / shards
     gathered = min(shape.num_parameters, ZERO3_LIVE) * FP32 if sharding == "zero3" and num_ranks > 1 else 0
     return replace(
         memory,
         parameters=whole_weights + master,
         gradients=gradients,
-        moments=2 * n / shards,
+        moments=2 * trained / shards,
         gathered=gathered,
         buckets=ZERO_BUCKET if num_ranks > 1 else 0,
     )
@@ -166,16 +200,16 @@ class Activations:
 @lru_cache(maxsize=8)
 def activations(config: Config) -> Activations:
     """Three simulations; a few masks say as much as many, since everything is linear in them."""
-    blocks = config.engine.activation_checkpointing == "block"
+    blocks = config.engine.activation_checkpointing
     if not isinstance(config, SamConfig):
-        one, two = (simulated(with_recompute(config, blocks, blocks), images, 0) for images in (1, 2))
+        one, two = (simulated(with_recompute(config, blocks, False), images, 0) for images in (1, 2))
         return Activations(((1, 0, one), (2, 0, two), (1, 0, one)), 1)
     rounds = config.engine.checkpoint_rounds
     points = []
     for images, masks in ((1, FEW), (2, FEW), (1, 2 * FEW)):
         # What the encoder does not recompute changes nothing for the rounds, so two variants serve for all four.
-        encoder = simulated(with_recompute(config, blocks, blocks), images, masks)
-        decoder = simulated(with_recompute(config, rounds, rounds), images, masks)
+        encoder = simulated(with_recompute(config, blocks, blocks != "none"), images, masks)
+        decoder = simulated(with_recompute(config, "block" if rounds else "none", rounds), images, masks)
         points.append((images, masks, replace(encoder, first=decoder.first, decoder=decoder.decoder)))
     return Activations(tuple(points), config.prompts.rounds)
 
@@ -205,7 +239,8 @@ def estimate(
     images = config.batch.micro if images is None else images
     masks = masks_of(config) if masks is None else masks
     num_micro = num_micro_batches(config, num_ranks)
-    held = states(sharding or sharding_of(config), shape_of(config), num_ranks, ranks_of_node, num_micro)
+    averaged = config.optim.ema_decay is not None
+    held = states(sharding or sharding_of(config), shape_of(config), num_ranks, ranks_of_node, num_micro, averaged)
     encoder, rounds, working = activations(config).at(images, masks)
     return replace(
         held, encoder=encoder * FRAGMENTATION, rounds=rounds * FRAGMENTATION, working=working * FRAGMENTATION
@@ -213,11 +248,11 @@ def estimate(
 
 
 @lru_cache(maxsize=8)
-def with_recompute(config: Config, blocks: bool, rounds: bool) -> Config:
-    """The same run, recomputing the encoder's blocks and the prompt rounds or not."""
+def with_recompute(config: Config, blocks: Recompute, rounds: bool) -> Config:
+    """The same run, recomputing so much of the encoder's blocks, and the prompt rounds or not."""
     engine = config.engine.model_copy(
         update={
-            "activation_checkpointing": "block" if blocks else "none",
+            "activation_checkpointing": blocks,
             "checkpoint_rounds": rounds and isinstance(config, SamConfig),
         }
     )
@@ -229,8 +264,8 @@ class Fit:
     """A sharding and what to recompute, with what then fits."""
 
     sharding: str
-    blocks: bool  # recompute them
-    rounds: bool
+    blocks: Recompute
+    rounds: bool  # recompute them
     memory: Memory  # at the config's micro-batch and masks
     max_images: int  # at the config's masks; 0: not even one
     max_masks: int  # at one image
@@ -246,13 +281,14 @@ def largest(fits, limit: int) -> int:
 
 
 def fits_of(config: Config, num_ranks: int, ranks_of_node: int, capacity: float) -> list[Fit]:
-    """Every sharding with every way to recompute, cheapest recomputation first."""
+    """Every sharding with every way to recompute, cheapest recomputation first; selective only where asked for."""
     found = []
     is_sam = isinstance(config, SamConfig)
-    ways = ((False, False), (False, True), (True, False), (True, True)) if is_sam else ((False, False), (True, False))
-    for blocks, rounds in ways:
+    selective = config.engine.activation_checkpointing == "selective"
+    all_blocks = RECOMPUTE if selective else ("none", "block")
+    for blocks, rounds in product(all_blocks, (False, True) if is_sam else (False,)):
         variant = with_recompute(config, blocks, rounds)
-        for sharding in SHARDINGS:
+        for sharding in shardings_of(config):
 
             def total(images: int | None = None, masks: int | None = None, variant=variant, sharding=sharding) -> float:
                 return estimate(variant, num_ranks, ranks_of_node, sharding, images, masks).total
@@ -270,7 +306,12 @@ def recommend(fits: list[Fit], micro: int) -> tuple[Fit | None, str]:
         if fit.sharding == "ddp" and fit.max_images >= micro:
             return fit, "whole states fit beside the activations, so nothing needs gathering"
     order = ("hsdp", "zero1", "zero2", "fsdp2", "zero3")
-    for fit in sorted(fits, key=lambda f: (f.blocks + f.rounds, order.index(f.sharding) if f.sharding in order else 9)):
+    cost = {blocks: number for number, blocks in enumerate(RECOMPUTE)}
+
+    def rank(fit: Fit) -> tuple[int, int]:
+        return cost[fit.blocks] + 2 * fit.rounds, order.index(fit.sharding) if fit.sharding in order else len(order)
+
+    for fit in sorted(fits, key=rank):
         if fit.max_images >= micro:
             return fit, "whole states do not fit; this shards them with the least traffic between nodes"
     return None, "nothing fits: lower batch.micro (accumulation follows by itself) or data.max_masks"
