@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_tools.sample_format import load_manifest
 from tests.launch_ranks import launch_ranks
 from trainer.config import Config, load_config
 from trainer.plan import dry_run, memory, timing
@@ -79,6 +80,24 @@ def test_what_makes_no_sense_is_refused_at_once(option, capsys):
         main([str(CONFIGS / "sam_tiny.yaml"), option])
     assert ended.value.code == 2
     assert f"argument {option.partition('=')[0]}: " in capsys.readouterr().err
+
+
+def test_without_the_roofline_a_speed_must_be_stated(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([str(CONFIGS / "sam_tiny.yaml"), "--no-memory"])
+    assert ended.value.code == 2
+    assert "give --mfu or --step-seconds" in capsys.readouterr().err
+
+
+def test_images_are_those_of_the_data_and_an_unknown_number_is_asked_for(scenes, capsys):
+    published = config_of("sam_vith")
+    assert timing.images_of(published, None) == (11_183_362, "as published")
+    packed = config_of("sam_finetune", f"data.shards={scenes['train']}", "data.holdout_images=1")
+    assert timing.images_of(packed, None)[0] == load_manifest(scenes["train"]).num_samples - 1
+    assert timing.images_of(packed, 77) == (77, "as given")
+    command = [str(CONFIGS / "sam_finetune.yaml"), "--no-memory", "--mfu", "0.4"]
+    assert main(command) == 2
+    assert "data.shards=data/mine" in capsys.readouterr().err
 
 
 def test_traffic_of_a_ring_by_hand():

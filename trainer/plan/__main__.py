@@ -31,14 +31,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{options.config} cannot be planned:\n{error}", file=sys.stderr)
         return 2
     gpu = GPUS[options.gpu]
+    try:
+        images, source = timing.images_of(config, options.images, options.steps is not None)
+    except ValueError as error:
+        print(f"{options.config} cannot be planned:\n{error}", file=sys.stderr)
+        return 2
     work = count_work(config)
-    step, wrong = report_time(config, options, gpu, work)
+    step, wrong = report_time(config, options, gpu, work, images, source)
     if not options.no_memory:
         wrong |= report_memory(config, options, gpu)
     if options.dry_run:
         wrong |= report_dry_run(config, options)
     if options.plot:
-        plot(config, gpu, options.gpus_per_node, step.utilisation, options.plot)
+        plot(config, gpu, options.gpus_per_node, step.utilisation, images, options.plot)
         print(f"\n{options.plot} is written")
     return int(wrong)
 
@@ -83,6 +88,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     speed.add_argument("--mfu", type=share, help="share of the GPU's peak that useful FLOPs reach")
     speed.add_argument("--step-seconds", type=positive, help="a measured step, with accumulation")
     parser.add_argument("--steps", type=count, help="instead of the config's phases")
+    parser.add_argument("--images", type=count, help="an epoch has, instead of those that data.shards holds")
     parser.add_argument("--in-hours", type=positive, help="can the run end in this time?")
     parser.add_argument("--no-memory", action="store_true", help="time only: seconds instead of minutes")
     parser.add_argument(
@@ -90,10 +96,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--then-gpus", type=count, default=192, help="with --dry-run: go on with so many")
     parser.add_argument("--plot", type=picture, help="write step time, memory and hours from 8 to 1024 GPUs here")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.no_memory and options.mfu is None and options.step_seconds is None:
+        parser.error("--no-memory leaves out the roofline that a step's time comes from: give --mfu or --step-seconds")
+    return options
 
 
-def report_time(config: Config, options: argparse.Namespace, gpu: Gpu, work: Work) -> tuple[timing.Step, bool]:
+def report_time(
+    config: Config, options: argparse.Namespace, gpu: Gpu, work: Work, images: int, source: str
+) -> tuple[timing.Step, bool]:
     """FLOPs, roofline, step, run, traffic, reading. The step, and True if `--in-hours` cannot be."""
     size, gpus = config.batch.global_size, options.gpus
     second = "prompt rounds" if isinstance(config, SamConfig) else "decoder"
@@ -107,12 +118,13 @@ def report_time(config: Config, options: argparse.Namespace, gpu: Gpu, work: Wor
     if not options.no_memory:
         least = report_roofline(config, gpu, gpus)
     step = timing.step_time(work, gpus, size, gpu, options.mfu, options.step_seconds, least)
-    run = timing.length(config, step, gpus, gpu, options.steps)
+    run = timing.length(config, step, gpus, gpu, options.steps, images)
     print(f"\nTime ({step.source})")
     print(f"  step                      {step.seconds:10.3f} s = {step.utilisation:.1%} of peak")
     print(
         f"  run                       {run.num_steps:10d} steps = {run.epochs:.2f} epochs of {run.num_samples} images"
     )
+    print(f"  images                    {source}")
     print(f"                            {run.hours:10.1f} h = {run.gpu_hours:,.0f} GPU-hours")
     print(f"  energy                    {run.megawatt_hours:10.1f} MWh at board power, times {timing.FACILITY}")
     report_flow(config, options, gpu, step)

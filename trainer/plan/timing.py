@@ -7,8 +7,10 @@ padding) and a little more for relative position inside the fused kernel.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from trainer.config import Config, SamConfig
+from data_tools.sample_format import MANIFEST_NAME, load_manifest
+from trainer.config import Config, SamConfig, is_remote
 from trainer.optim import phase_ends
 from trainer.plan.count import Work, count_work
 from trainer.plan.hardware import Gpu
@@ -132,6 +134,25 @@ class Length:
     megawatt_hours: float
 
 
+def images_of(config: Config, given: int | None, steps_known: bool = False) -> tuple[int, str]:
+    """Images to train on, and where the number comes from: given, the packed data set's, or the published data set's
+    where data.shards is that of the shipped recipes. `ValueError` if there is none of these.
+    """
+    if given is not None:
+        return given, "as given"
+    shards = config.data.shards
+    if not is_remote(shards) and (Path(shards) / MANIFEST_NAME).is_file():
+        return load_manifest(Path(shards)).num_samples - config.data.holdout_images, f"as {shards} holds"
+    if shards == ("data/sa1b" if isinstance(config, SamConfig) else "data/imagenet"):
+        return num_samples_of(config), "as published"
+    if steps_known or all(phase.steps for phase in config.phases):
+        return num_samples_of(config), f"as published, {shards} cannot be looked at"  # for the epochs alone
+    raise ValueError(
+        f"data.shards={shards}: nobody knows how many images that is, so how many steps an epoch has; give --images N, "
+        "or --steps N, or pack it first"
+    )
+
+
 def num_samples_of(config: Config) -> int:
     """Images of the published data sets: the plan needs no data."""
     if isinstance(config, SamConfig):
@@ -139,8 +160,11 @@ def num_samples_of(config: Config) -> int:
     return IMAGENET_IMAGES
 
 
-def length(config: Config, step: Step, num_gpus: int, gpu: Gpu, num_steps: int | None = None) -> Length:
-    samples = num_samples_of(config)
+def length(
+    config: Config, step: Step, num_gpus: int, gpu: Gpu, num_steps: int | None = None, images: int | None = None
+) -> Length:
+    """Of `images` images an epoch, the published number if none is given."""
+    samples = images or num_samples_of(config)
     steps = num_steps or phase_ends(config.phases, samples, config.batch.global_size)[-1]
     hours = steps * step.seconds / 3600
     return Length(
