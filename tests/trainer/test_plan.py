@@ -49,6 +49,14 @@ def test_the_published_run_took_68_hours_at_3_percent_of_peak(published):
     assert timing.length(config, step, 256, A100, num_steps=90_000).hours == pytest.approx(68.0, abs=0.05)
 
 
+def test_gpus_without_an_image_and_fillers_are_no_use(published):
+    for gpus, share in ((256, 1.0), (1024, 0.25), (192, 2 / 3)):
+        step = timing.step_time(published, gpus, 256, A100, mfu=0.3)
+        assert step.utilisation == pytest.approx(0.3 * share)
+        again = timing.step_time(published, gpus, 256, A100, step_seconds=step.seconds)
+        assert again.utilisation == pytest.approx(step.utilisation)
+
+
 def test_95_epochs_in_90_hours_are_impossible_and_it_says_why():
     config = config_of("sam_vith")  # one round: even so
     work = count_work(config)
@@ -107,6 +115,9 @@ def test_traffic_of_a_ring_by_hand():
     # HSDP on 2 x 2: gather, gather, reduce inside (8 each), then all-reduce a half between two nodes.
     flow = timing.traffic("hsdp", 16.0, 4, 2, 1, A100)
     assert (flow.in_node, flow.between_nodes) == (24.0, 8.0)
+    # With a second micro-batch: two gathers more, and no other reduction.
+    flow = timing.traffic("hsdp", 16.0, 4, 2, 2, A100)
+    assert (flow.in_node, flow.between_nodes) == (40.0, 8.0)
 
 
 def test_gpus_are_found_by_the_names_that_drivers_give():

@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         wrong |= report_dry_run(config, options)
     if options.plot:
-        plot(config, gpu, options.gpus_per_node, step.utilisation, images, options.plot)
+        reached = step.utilisation / timing.useful_share(config.batch.global_size, options.gpus)
+        plot(config, gpu, options.gpus_per_node, reached, images, options.plot)
         print(f"\n{options.plot} is written")
     return int(wrong)
 
@@ -121,11 +122,17 @@ def report_time(
     run = timing.length(config, step, gpus, gpu, options.steps, images)
     print(f"\nTime ({step.source})")
     print(f"  step                      {step.seconds:10.3f} s = {step.utilisation:.1%} of peak")
+    if idle := max(gpus - size, 0):
+        print(f"  WARNING: {idle} of {gpus} GPUs compute nothing: batch.global_size={size} gives them no image")
+    elif spare := gpus * -(-size // gpus) - size:
+        print(
+            f"  WARNING: {spare} of {size + spare} samples a step are fillers of weight zero: {gpus} GPUs share {size}"
+        )
     print(
         f"  run                       {run.num_steps:10d} steps = {run.epochs:.2f} epochs of {run.num_samples} images"
     )
-    print(f"  images                    {source}")
     print(f"                            {run.hours:10.1f} h = {run.gpu_hours:,.0f} GPU-hours")
+    print(f"  images                    {source}")
     print(f"  energy                    {run.megawatt_hours:10.1f} MWh at board power, times {timing.FACILITY}")
     report_flow(config, options, gpu, step)
     if options.in_hours is None:

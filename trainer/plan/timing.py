@@ -54,8 +54,13 @@ class Step:
     """One optimizer step on so many GPUs."""
 
     seconds: float
-    utilisation: float  # useful FLOPs over peak
+    utilisation: float  # useful FLOPs over the peak of all GPUs
     source: str  # where the seconds come from
+
+
+def useful_share(global_size: int, num_gpus: int) -> float:
+    """Of the GPUs' samples; the rest is GPUs without an image, or fillers of weight zero."""
+    return global_size / (num_gpus * -(-global_size // num_gpus))
 
 
 def step_time(
@@ -70,12 +75,13 @@ def step_time(
     """From a measured step, a stated utilisation, or the roofline of a rank's share."""
     images = -(-global_size // num_gpus)
     least = images * work.training / gpu.peak_flops
+    useful = useful_share(global_size, num_gpus)
     if step_seconds is not None:
-        return Step(step_seconds, least / step_seconds, "given")
+        return Step(step_seconds, useful * least / step_seconds, "given")
     if mfu is not None:
-        return Step(least / mfu, mfu, "from the utilisation given")
+        return Step(least / mfu, useful * mfu, "from the utilisation given")
     seconds = DEFAULT_SHARE * max(roofline_seconds, least)
-    return Step(seconds, least / seconds, f"assumed: {DEFAULT_SHARE} times the roofline")
+    return Step(seconds, useful * least / seconds, f"assumed: {DEFAULT_SHARE} times the roofline")
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,8 @@ def traffic(
     nodes = -(-num_ranks // ranks_of_node)
     overlap = "gradients travel during the backward pass"
     if sharding == "hsdp":
-        inside = ring(local) * (2 + 1) * num_micro  # gathered for the forward and the backward pass, then reduced
+        # Gathered for the forward and the backward pass of every micro-batch; reduced at the last one only.
+        inside = ring(local) * (2 * num_micro + 1)
         between = 2 * ring(nodes) / local
         overlap = "blocks are gathered ahead of the pass that needs them; gradients travel during the backward pass"
     else:
