@@ -202,7 +202,18 @@ def test_averaged_weights_are_counted_as_the_parameters_lie():
     for sharding, wanted in (("ddp", 2400), ("fsdp2", 150), ("hsdp", 300), ("zero2", 2400)):
         plain, averaged = (memory.states(sharding, shape, 16, 8, averaged=flag) for flag in (False, True))
         assert averaged.total - plain.total == wanted
-    assert "zero3" not in memory.shardings_of(config_of("sam_tiny", "optim.ema_decay=0.999"))
+    assert "zero3" not in memory.shardings_of(config_of("sam_tiny", "optim.ema_decay=0.999"), 16, 8)
+
+
+def test_hsdp_shards_over_its_groups_and_is_left_out_where_they_do_not_divide(capsys):
+    config = config_of("sam_tiny", "engine.kind=hsdp", "engine.shard_group_size=4")
+    assert memory.shard_group(config, 16, 8) == 4
+    assert memory.shard_group(config_of("sam_tiny", "engine.kind=hsdp"), 4, 8) == 4
+    assert "hsdp" in memory.shardings_of(config, 12, 8)
+    assert "hsdp" not in memory.shardings_of(config_of("sam_tiny"), 12, 8)
+    command = [str(CONFIGS / "sam_tiny.yaml"), "--gpus", "12", "--no-memory", "--mfu", "0.4", "engine.kind=hsdp"]
+    assert main(command) == 2
+    assert "groups of 8 do not divide 12 ranks" in capsys.readouterr().err
 
 
 def test_what_no_estimate_knows_is_named():

@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     gpu = GPUS[options.gpu]
     try:
+        if config.engine.kind == "hsdp":
+            memory.shard_group(config, options.gpus, options.gpus_per_node)
         images, source = timing.images_of(config, options.images, options.steps is not None)
     except ValueError as error:
         print(f"{options.config} cannot be planned:\n{error}", file=sys.stderr)
@@ -216,7 +218,7 @@ def report_dry_run(config: Config, options: argparse.Namespace) -> bool:
     if config.engine.kind == "deepspeed":
         print("  DeepSpeed's engine cannot be built without its processes: only the data was checked")
     else:
-        for rank, seen in dry_run.first_and_last(config, gpus, options.gpus_per_node).items():
+        for rank, seen in dry_run.first_and_last(config, gpus, min(options.gpus_per_node, gpus)).items():
             print(
                 f"  rank {rank}: engine built, one step taken; {seen['built'] / GIB:.3f} GiB before it, "
                 f"{seen['weights'] / GIB:.3f} GiB of it weights, {seen['tensors']} tensors in a checkpoint"

@@ -71,10 +71,25 @@ def sharding_of(config: Config) -> str:
     return f"zero{engine.zero_stage}" if engine.kind == "deepspeed" else engine.kind
 
 
-def shardings_of(config: Config) -> tuple[str, ...]:
-    """Those that can be had with the config's other settings."""
-    without_zero3 = config.optim.ema_decay is not None  # averages weights that ZeRO-3 does not show
-    return tuple(sharding for sharding in SHARDINGS if not (sharding == "zero3" and without_zero3))
+def shardings_of(config: Config, num_ranks: int, ranks_of_node: int) -> tuple[str, ...]:
+    """Those that can be had with the config's other settings on so many ranks."""
+    without = set()
+    if config.optim.ema_decay is not None:  # averages weights that ZeRO-3 does not show
+        without.add("zero3")
+    if num_ranks % (config.engine.shard_group_size or min(ranks_of_node, num_ranks)):
+        without.add("hsdp")
+    return tuple(sharding for sharding in SHARDINGS if sharding not in without)
+
+
+def shard_group(config: Config, num_ranks: int, ranks_of_node: int) -> int:
+    """Ranks that share one copy under HSDP. `ValueError` if the engine could not be built."""
+    size = config.engine.shard_group_size or min(ranks_of_node, num_ranks)
+    if num_ranks % size:
+        raise ValueError(
+            f"engine.kind=hsdp: groups of {size} do not divide {num_ranks} ranks; set engine.shard_group_size to a "
+            "number that does"
+        )
+    return size
 
 
 def not_counted(config: Config) -> list[str]:
@@ -240,7 +255,9 @@ def estimate(
     masks = masks_of(config) if masks is None else masks
     num_micro = num_micro_batches(config, num_ranks)
     averaged = config.optim.ema_decay is not None
-    held = states(sharding or sharding_of(config), shape_of(config), num_ranks, ranks_of_node, num_micro, averaged)
+    sharding = sharding or sharding_of(config)
+    group = shard_group(config, num_ranks, ranks_of_node) if sharding == "hsdp" else ranks_of_node
+    held = states(sharding, shape_of(config), num_ranks, group, num_micro, averaged)
     encoder, rounds, working = activations(config).at(images, masks)
     return replace(
         held, encoder=encoder * FRAGMENTATION, rounds=rounds * FRAGMENTATION, working=working * FRAGMENTATION
@@ -288,7 +305,7 @@ def fits_of(config: Config, num_ranks: int, ranks_of_node: int, capacity: float)
     all_blocks = RECOMPUTE if selective else ("none", "block")
     for blocks, rounds in product(all_blocks, (False, True) if is_sam else (False,)):
         variant = with_recompute(config, blocks, rounds)
-        for sharding in shardings_of(config):
+        for sharding in shardings_of(config, num_ranks, ranks_of_node):
 
             def total(images: int | None = None, masks: int | None = None, variant=variant, sharding=sharding) -> float:
                 return estimate(variant, num_ranks, ranks_of_node, sharding, images, masks).total

@@ -39,8 +39,9 @@ def plot(config: Config, gpu: Gpu, gpus_per_node: int, mfu: float, images: int, 
     hours.plot(SIZES, [hour for _, hour in found], "o-")
     hours.set_ylabel("hours of the whole run")
     for sharding in memory.SHARDINGS:
-        totals = [memory.estimate(config, size, gpus_per_node, sharding).total / 2**30 for size in SIZES]
-        room.plot(SIZES, totals, label=sharding)
+        sizes = [size for size in SIZES if sharding in memory.shardings_of(config, size, gpus_per_node)]
+        totals = [memory.estimate(config, size, gpus_per_node, sharding).total / 2**30 for size in sizes]
+        room.plot(sizes, totals, label=sharding)
     room.axhline(gpu.memory_bytes / 2**30, color="black", linestyle=":", label=gpu.name)
     room.set_ylabel("GiB of a GPU")
     room.legend(fontsize="small")
