@@ -140,7 +140,7 @@ def report_time(
     if options.in_hours is None:
         return step, False
     why = timing.impossible(work, config, run.num_steps, options.in_hours, gpus, gpu)
-    print(f"\nIn {options.in_hours:g} h: " + (f"impossible. {why}" if why else "not ruled out by arithmetic"))
+    print(f"\nIn {options.in_hours:g} h: " + (why if why else "not ruled out by arithmetic"))
     return step, why is not None
 
 
@@ -148,7 +148,8 @@ def report_roofline(config: Config, gpu: Gpu, gpus: int) -> float:
     """Least seconds of a rank's share of a step."""
     masks = memory.masks_of(config)
     encoder, decoder = timing.step_roofline(config, memory.activations(config), masks, gpu)
-    print(f"\nLeast time for one image with {masks} masks on one {gpu.name}, recomputing as configured")
+    with_masks = f" with {masks} masks" if masks else ""
+    print(f"\nLeast time for one image{with_masks} on one {gpu.name}, recomputing as configured")
     for name, part in (("encoder", encoder), ("decoder", decoder)):
         bound = "arithmetic" if part.by_flops > part.by_bytes else "memory"
         flops, moved = part.by_flops * 1e3, part.by_bytes * 1e3
@@ -162,7 +163,7 @@ def report_flow(config: Config, options: argparse.Namespace, gpu: Gpu, step: tim
     gpus, per_node = options.gpus, options.gpus_per_node
     num_micro = memory.num_micro_batches(config, gpus)
     print(f"\nTraffic a GPU sends in a step ({num_micro} micro-batches)")
-    for sharding in memory.SHARDINGS:
+    for sharding in memory.shardings_of(config, gpus, per_node):
         flow = timing.traffic(sharding, 4.0 * shape.num_parameters, gpus, per_node, num_micro, gpu)
         print(
             f"  {sharding:<6} {flow.in_node / 1e9:6.2f} GB in the node {flow.seconds_in_node * 1e3:7.1f} ms, "
@@ -179,7 +180,9 @@ def report_memory(config: Config, options: argparse.Namespace, gpu: Gpu) -> bool
     """Parts, what fits, the recommendation. True if the configured setting does not fit."""
     here = memory.estimate(config, options.gpus, options.gpus_per_node)
     print(f"\nMemory of a GPU as configured ({memory.sharding_of(config)}, micro-batch {config.batch.micro})")
+    is_sam = isinstance(config, SamConfig)
     for name, value in vars(here).items():
+        name = "decoder" if name == "rounds" and not is_sam else name
         print(f"  {name:<12} {value / GIB:8.2f} GiB")
     unknown = memory.not_counted(config)
     verdict = "fits" if here.total <= gpu.memory_bytes else "MAY NOT FIT" if unknown else "DOES NOT FIT"
@@ -187,13 +190,16 @@ def report_memory(config: Config, options: argparse.Namespace, gpu: Gpu) -> bool
     if unknown:
         print(f"  not counted: {'; '.join(unknown)}")
     fits = memory.fits_of(config, options.gpus, options.gpus_per_node, gpu.memory_bytes)
-    print("\n  sharding  recomputed         states     total   largest micro-batch   most masks at one image")
+    print(
+        "\n  sharding  recomputed         states     total   largest micro-batch"
+        + "   most masks at one image" * is_sam
+    )
     for fit in fits:
         parts = {"none": [], "selective": ["selective"], "block": ["blocks"]}[fit.blocks] + ["rounds"] * fit.rounds
         again = "+".join(parts) or "nothing"
         print(
             f"  {fit.sharding:<8}  {again:<16} {fit.memory.states / GIB:7.2f} {fit.memory.total / GIB:9.2f} GiB "
-            f"{fit.max_images:12d} {fit.max_masks:20d}"
+            f"{fit.max_images:12d}" + f" {fit.max_masks:20d}" * is_sam
         )
     chosen, why = memory.recommend(fits, config.batch.micro)
     if chosen is None:

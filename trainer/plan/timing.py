@@ -185,16 +185,19 @@ def length(
 
 
 def impossible(work: Work, config: Config, num_steps: int, hours: float, num_gpus: int, gpu: Gpu) -> str | None:
-    """Why a run cannot end within `hours`; None if arithmetic does not forbid it."""
+    """Why a run cannot or will hardly end within `hours`; None if arithmetic does not speak against it."""
     available = hours * 3600 / num_steps
     least = -(-config.batch.global_size // num_gpus) * work.training / gpu.peak_flops
     utilisation = least / available
     if utilisation < 0.6:
         return None
-    verdict = "more than a GPU can do at all" if utilisation > 1 else "more than any published run of this kind"
+    answer, verdict = "not to be expected", "more than any published run of this kind"
+    if utilisation > 1:
+        answer, verdict = "impossible", "more than a GPU can do at all"
     return (
-        f"{num_steps} steps in {hours:g} h leave {available * 1e3:.0f} ms a step; {work.training / 1e12:.1f} TFLOP an "
-        f"image need {least * 1e3:.0f} ms at 100 % of {gpu.name}'s peak: {utilisation:.0%} of peak, {verdict}"
+        f"{answer}. {num_steps} steps in {hours:g} h leave {available * 1e3:.0f} ms a step; "
+        f"{work.training / 1e12:.1f} TFLOP an image need {least * 1e3:.0f} ms at 100 % of {gpu.name}'s peak: "
+        f"{utilisation:.0%} of peak, {verdict}"
     )
 
 
