@@ -223,10 +223,10 @@ def checkpoints_kept(config: Config) -> int:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Weights of all parameters and two moments, fp32, by the real modules without storage."""
-    from trainer.plan.simulate import count_parameters
+    """Of one checkpoint, as the plan says."""
+    from trainer.plan import memory
 
-    return 12 * count_parameters(config)
+    return memory.checkpoint_bytes(config)
 
 
 def check_shards(name: str, source: str) -> Row:
@@ -296,13 +296,21 @@ def check_device(config: Config, report: Report, world: Any) -> None:
     free, total = torch.cuda.mem_get_info(device)
     report.measured["free GPU GiB"] = free / 2**30
     if world.is_main:
-        from trainer.plan.memory import estimate
+        from trainer.plan import memory
 
-        needed = estimate(config, world.size, world.local_size).total
-        ok = needed < 0.95 * free
-        found = f"plan needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} of {total / 2**30:.1f} are free"
-        advice = "`python -m trainer.plan` names settings that fit; or another process holds the GPU (nvidia-smi)"
-        report.rows.append(Row("GPU memory", ok, found, advice, "node" if free < 0.8 * total else "run"))
+        needed = memory.estimate(config, world.size, world.local_size).total
+        report.rows.append(memory_row(needed, free, total, memory.not_counted(config)))
+
+
+def memory_row(needed: float, free: float, total: float, not_counted: list[str]) -> Row:
+    """A plan that leaves settings out may be too high, so it only warns."""
+    fits = needed < 0.95 * free
+    found = f"plan needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} of {total / 2**30:.1f} are free"
+    if not_counted:
+        found += f"{'' if fits else ': WARNING, it may not fit'}; not counted: {', '.join(not_counted)}"
+    advice = "`python -m trainer.plan` names settings that fit; or another process holds the GPU (nvidia-smi)"
+    ok = fits or bool(not_counted)
+    return Row("GPU memory", ok, found, advice, "node" if free < 0.8 * total else "run")
 
 
 def timed(function: Callable[[], Any], device: Any, repeats: int = 5) -> float:

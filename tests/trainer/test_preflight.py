@@ -20,9 +20,11 @@ from trainer.preflight import (
     check_shards,
     check_space,
     check_writable,
+    checkpoint_bytes,
     judge,
     judge_reports,
     main,
+    memory_row,
     newest_step,
 )
 
@@ -155,6 +157,23 @@ def test_space_is_that_of_the_checkpoints_to_come(scenes, tmp_path, monkeypatch)
     more = ["checkpoint.every_steps=10", "checkpoint.keep_every=2", "phases=[{name: all, steps: 100}]"]
     config = load_config(Path(arguments[0]), [*arguments[1:], *more])
     assert "9.0 GB to come" in check_space(config).found  # and steps 20, 40, ... 100 for good
+
+
+def test_a_checkpoint_with_averaged_weights_is_a_third_larger(scenes, tmp_path):
+    arguments = sam_arguments(scenes, tmp_path)
+    plain, averaged = (
+        checkpoint_bytes(load_config(Path(arguments[0]), [*arguments[1:], *more]))
+        for more in ([], ["optim.ema_decay=0.999"])
+    )
+    assert 3 * averaged == 4 * plain
+
+
+def test_memory_that_is_not_all_counted_warns_and_does_not_fail():
+    assert memory_row(50e9, 80e9, 85e9, []).ok
+    assert not memory_row(90e9, 80e9, 85e9, []).ok
+    row = memory_row(90e9, 80e9, 85e9, ["engine.compile"])
+    assert row.ok
+    assert "WARNING, it may not fit; not counted: engine.compile" in row.found
 
 
 def test_newest_step(tmp_path):

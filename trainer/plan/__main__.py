@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trainer.config import Config, ConfigError, SamConfig, load_config
 from trainer.plan import dry_run, memory, timing
-from trainer.plan.count import Work, count_work
+from trainer.plan.count import TRAINING, Work, count_work
 from trainer.plan.hardware import GPUS, Gpu
 from trainer.plan.plot import plot
 
@@ -31,14 +31,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{options.config} cannot be planned:\n{error}", file=sys.stderr)
         return 2
     gpu = GPUS[options.gpu]
+    try:
+        if config.engine.kind == "hsdp":
+            memory.shard_group(config, options.gpus, options.gpus_per_node)
+        images, source = timing.images_of(config, options.images, options.steps is not None)
+    except ValueError as error:
+        print(f"{options.config} cannot be planned:\n{error}", file=sys.stderr)
+        return 2
     work = count_work(config)
-    step, wrong = report_time(config, options, gpu, work)
+    step, wrong = report_time(config, options, gpu, work, images, source)
     if not options.no_memory:
         wrong |= report_memory(config, options, gpu)
     if options.dry_run:
         wrong |= report_dry_run(config, options)
     if options.plot:
-        plot(config, gpu, options.gpus_per_node, step.utilisation, options.plot)
+        reached = step.utilisation / timing.useful_share(config.batch.global_size, options.gpus)
+        plot(config, gpu, options.gpus_per_node, reached, images, options.plot)
         print(f"\n{options.plot} is written")
     return int(wrong)
 
@@ -83,6 +91,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     speed.add_argument("--mfu", type=share, help="share of the GPU's peak that useful FLOPs reach")
     speed.add_argument("--step-seconds", type=positive, help="a measured step, with accumulation")
     parser.add_argument("--steps", type=count, help="instead of the config's phases")
+    parser.add_argument("--images", type=count, help="an epoch has, instead of those that data.shards holds")
     parser.add_argument("--in-hours", type=positive, help="can the run end in this time?")
     parser.add_argument("--no-memory", action="store_true", help="time only: seconds instead of minutes")
     parser.add_argument(
@@ -90,10 +99,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--then-gpus", type=count, default=192, help="with --dry-run: go on with so many")
     parser.add_argument("--plot", type=picture, help="write step time, memory and hours from 8 to 1024 GPUs here")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.no_memory and options.mfu is None and options.step_seconds is None:
+        parser.error("--no-memory leaves out the roofline that a step's time comes from: give --mfu or --step-seconds")
+    return options
 
 
-def report_time(config: Config, options: argparse.Namespace, gpu: Gpu, work: Work) -> tuple[timing.Step, bool]:
+def report_time(
+    config: Config, options: argparse.Namespace, gpu: Gpu, work: Work, images: int, source: str
+) -> tuple[timing.Step, bool]:
     """FLOPs, roofline, step, run, traffic, reading. The step, and True if `--in-hours` cannot be."""
     size, gpus = config.batch.global_size, options.gpus
     second = "prompt rounds" if isinstance(config, SamConfig) else "decoder"
@@ -101,23 +115,32 @@ def report_time(config: Config, options: argparse.Namespace, gpu: Gpu, work: Wor
     print(f"  encoder forward           {work.encoder / 1e12:10.3f} TFLOP")
     print(f"  {second + ' forward':<25} {work.decoder / 1e12:10.3f} TFLOP")
     print(f"  training, nothing twice   {work.training / 1e12:10.3f} TFLOP")
+    if work.encoder_passes != TRAINING:
+        print("  the encoder is frozen: " + ("forward only" if work.encoder_passes else "its embeddings are read"))
     least = 0.0
     if not options.no_memory:
         least = report_roofline(config, gpu, gpus)
     step = timing.step_time(work, gpus, size, gpu, options.mfu, options.step_seconds, least)
-    run = timing.length(config, step, gpus, gpu, options.steps)
+    run = timing.length(config, step, gpus, gpu, options.steps, images)
     print(f"\nTime ({step.source})")
     print(f"  step                      {step.seconds:10.3f} s = {step.utilisation:.1%} of peak")
+    if idle := max(gpus - size, 0):
+        print(f"  WARNING: {idle} of {gpus} GPUs compute nothing: batch.global_size={size} gives them no image")
+    elif spare := gpus * -(-size // gpus) - size:
+        print(
+            f"  WARNING: {spare} of {size + spare} samples a step are fillers of weight zero: {gpus} GPUs share {size}"
+        )
     print(
         f"  run                       {run.num_steps:10d} steps = {run.epochs:.2f} epochs of {run.num_samples} images"
     )
     print(f"                            {run.hours:10.1f} h = {run.gpu_hours:,.0f} GPU-hours")
+    print(f"  images                    {source}")
     print(f"  energy                    {run.megawatt_hours:10.1f} MWh at board power, times {timing.FACILITY}")
     report_flow(config, options, gpu, step)
     if options.in_hours is None:
         return step, False
     why = timing.impossible(work, config, run.num_steps, options.in_hours, gpus, gpu)
-    print(f"\nIn {options.in_hours:g} h: " + (f"impossible. {why}" if why else "not ruled out by arithmetic"))
+    print(f"\nIn {options.in_hours:g} h: " + (why if why else "not ruled out by arithmetic"))
     return step, why is not None
 
 
@@ -125,7 +148,8 @@ def report_roofline(config: Config, gpu: Gpu, gpus: int) -> float:
     """Least seconds of a rank's share of a step."""
     masks = memory.masks_of(config)
     encoder, decoder = timing.step_roofline(config, memory.activations(config), masks, gpu)
-    print(f"\nLeast time for one image with {masks} masks on one {gpu.name}, recomputing as configured")
+    with_masks = f" with {masks} masks" if masks else ""
+    print(f"\nLeast time for one image{with_masks} on one {gpu.name}, recomputing as configured")
     for name, part in (("encoder", encoder), ("decoder", decoder)):
         bound = "arithmetic" if part.by_flops > part.by_bytes else "memory"
         flops, moved = part.by_flops * 1e3, part.by_bytes * 1e3
@@ -137,16 +161,17 @@ def report_flow(config: Config, options: argparse.Namespace, gpu: Gpu, step: tim
     """What moves: between GPUs, from disk, to disk."""
     shape = memory.shape_of(config)
     gpus, per_node = options.gpus, options.gpus_per_node
-    num_micro = timing.num_micro_batches(config, gpus)
+    num_micro = memory.num_micro_batches(config, gpus)
     print(f"\nTraffic a GPU sends in a step ({num_micro} micro-batches)")
-    for sharding in memory.SHARDINGS:
+    for sharding in memory.shardings_of(config, gpus, per_node):
         flow = timing.traffic(sharding, 4.0 * shape.num_parameters, gpus, per_node, num_micro, gpu)
         print(
             f"  {sharding:<6} {flow.in_node / 1e9:6.2f} GB in the node {flow.seconds_in_node * 1e3:7.1f} ms, "
             f"{flow.between_nodes / 1e9:6.2f} GB between nodes {flow.seconds_between * 1e3:7.1f} ms; {flow.overlap}"
         )
     read = timing.reading(config, step, gpus, per_node)
-    size, seconds = timing.checkpoint(shape.num_parameters, -(-gpus // per_node))
+    size = memory.checkpoint_bytes(config)
+    seconds = timing.checkpoint_seconds(size, -(-gpus // per_node))
     print(f"\nReading    {read.images_per_second_node:.1f} images/s a node: {read.cores_node:.1f} cores")
     print(f"Checkpoint {size / 1e9:.2f} GB, {seconds:.1f} s at 2 GB/s a node")
 
@@ -155,17 +180,26 @@ def report_memory(config: Config, options: argparse.Namespace, gpu: Gpu) -> bool
     """Parts, what fits, the recommendation. True if the configured setting does not fit."""
     here = memory.estimate(config, options.gpus, options.gpus_per_node)
     print(f"\nMemory of a GPU as configured ({memory.sharding_of(config)}, micro-batch {config.batch.micro})")
+    is_sam = isinstance(config, SamConfig)
     for name, value in vars(here).items():
+        name = "decoder" if name == "rounds" and not is_sam else name
         print(f"  {name:<12} {value / GIB:8.2f} GiB")
-    verdict = "fits" if here.total <= gpu.memory_bytes else "DOES NOT FIT"
+    unknown = memory.not_counted(config)
+    verdict = "fits" if here.total <= gpu.memory_bytes else "MAY NOT FIT" if unknown else "DOES NOT FIT"
     print(f"  {'total':<12} {here.total / GIB:8.2f} GiB of {gpu.memory_bytes / GIB:.0f}: {verdict}")
+    if unknown:
+        print(f"  not counted: {'; '.join(unknown)}")
     fits = memory.fits_of(config, options.gpus, options.gpus_per_node, gpu.memory_bytes)
-    print("\n  sharding  recomputed      states     total   largest micro-batch   most masks at one image")
+    print(
+        "\n  sharding  recomputed         states     total   largest micro-batch"
+        + "   most masks at one image" * is_sam
+    )
     for fit in fits:
-        again = "+".join(name for name, is_on in (("blocks", fit.blocks), ("rounds", fit.rounds)) if is_on) or "nothing"
+        parts = {"none": [], "selective": ["selective"], "block": ["blocks"]}[fit.blocks] + ["rounds"] * fit.rounds
+        again = "+".join(parts) or "nothing"
         print(
-            f"  {fit.sharding:<8}  {again:<13} {fit.memory.states / GIB:7.2f} {fit.memory.total / GIB:9.2f} GiB "
-            f"{fit.max_images:12d} {fit.max_masks:20d}"
+            f"  {fit.sharding:<8}  {again:<16} {fit.memory.states / GIB:7.2f} {fit.memory.total / GIB:9.2f} GiB "
+            f"{fit.max_images:12d}" + f" {fit.max_masks:20d}" * is_sam
         )
     chosen, why = memory.recommend(fits, config.batch.micro)
     if chosen is None:
@@ -173,11 +207,11 @@ def report_memory(config: Config, options: argparse.Namespace, gpu: Gpu) -> bool
     else:
         engine, _, stage = chosen.sharding.partition("zero")
         settings = [f"engine.kind={engine or 'deepspeed'}", *([f"engine.zero_stage={stage}"] if stage else [])]
-        settings.append(f"engine.activation_checkpointing={'block' if chosen.blocks else 'none'}")
+        settings.append(f"engine.activation_checkpointing={chosen.blocks}")
         if isinstance(config, SamConfig):
             settings.append(f"engine.checkpoint_rounds={str(chosen.rounds).lower()}")
         print(f"\nRecommended: {' '.join(settings)}\n  {why}; recomputes no more than it must")
-    return here.total > gpu.memory_bytes
+    return here.total > gpu.memory_bytes and not unknown
 
 
 def report_dry_run(config: Config, options: argparse.Namespace) -> bool:
@@ -190,7 +224,7 @@ def report_dry_run(config: Config, options: argparse.Namespace) -> bool:
     if config.engine.kind == "deepspeed":
         print("  DeepSpeed's engine cannot be built without its processes: only the data was checked")
     else:
-        for rank, seen in dry_run.first_and_last(config, gpus, options.gpus_per_node).items():
+        for rank, seen in dry_run.first_and_last(config, gpus, min(options.gpus_per_node, gpus)).items():
             print(
                 f"  rank {rank}: engine built, one step taken; {seen['built'] / GIB:.3f} GiB before it, "
                 f"{seen['weights'] / GIB:.3f} GiB of it weights, {seen['tensors']} tensors in a checkpoint"

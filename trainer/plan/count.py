@@ -16,7 +16,7 @@ from model.build import SIZES
 from model.prompt_encoder import Prompts
 from model.sam import Sam
 from trainer.config import Config, MaeConfig, SamConfig
-from trainer.plan.simulate import fake_batch, fake_task, mae_encode, pretend_gpu
+from trainer.plan.simulate import fake_batch, fake_task, frozen_of, mae_encode, pretend_gpu
 
 TRAINING = 3  # passes: forward, and twice as much backward
 OUTPUT_TOKENS = 5  # of the mask decoder: IoU and four masks
@@ -30,14 +30,23 @@ class Work:
 
     encoder: float
     decoder: float  # all prompt rounds with all masks, or MAE's decoder
+    encoder_passes: int = TRAINING  # 1 where it is frozen, 0 where its embeddings are read
 
     @property
     def training(self) -> float:
-        return TRAINING * (self.encoder + self.decoder)
+        return self.encoder_passes * self.encoder + TRAINING * self.decoder
+
+
+def encoder_passes(config: Config, frozen: tuple[str, ...]) -> int:
+    """Of a step that leaves `frozen` as it is."""
+    if isinstance(config, SamConfig) and config.data.embeddings is not None:
+        return 0
+    return 1 if "image_encoder" in frozen else TRAINING
 
 
 @lru_cache(maxsize=8)
 def count_work(config: Config) -> Work:
+    """In the last phase, which trains most."""
     with pretend_gpu(), torch.no_grad(), patch("model.attention.fused_attention", plain_attention):
         task = fake_task(config)
         if isinstance(config, MaeConfig):
@@ -52,7 +61,8 @@ def count_work(config: Config) -> Work:
         three = [count_decoder(task.sam, embedding, points) for points in (1, 2, 3)]
     tokens = [points + SPARE_TOKENS + OUTPUT_TOKENS for points in (1, 2, 3)]
     a_round = [parabola(tokens, three, wanted) for wanted in tokens_of_rounds(config)]
-    return Work(encoder.get_total_flops() + padding_flops(config), config.data.max_masks * sum(a_round))
+    passes = encoder_passes(config, frozen_of(config))
+    return Work(encoder.get_total_flops() + padding_flops(config), config.data.max_masks * sum(a_round), passes)
 
 
 def count_decoder(sam: Sam, embedding: torch.Tensor, points: int) -> float:

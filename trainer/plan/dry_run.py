@@ -21,7 +21,7 @@ from trainer.data.order import StepSampler
 from trainer.distributed import World
 from trainer.optim import first_trained, param_groups
 from trainer.parallel.engine import build_engine
-from trainer.plan.simulate import Watch, fake_batch, fake_task, without_initialisation
+from trainer.plan.simulate import Watch, fake_batch, fake_task, frozen_of, without_initialisation
 from trainer.stages import encoder_depth
 
 
@@ -44,8 +44,11 @@ def real_mesh(*arguments, **keywords):
         return init_device_mesh(*arguments, **keywords)
 
 
-def fake_step(config: Config, rank: int, size: int, local_size: int, masks: int = 1) -> dict[str, float]:
-    """Build the config's engine as one rank of `size` and take one step; returns bytes and the counts of its parts.
+def fake_step(
+    config: Config, rank: int, size: int, local_size: int, masks: int = 1, num_micro: int = 1
+) -> dict[str, float]:
+    """Build the config's engine as one rank of `size` and take one step of `num_micro` micro-batches; returns bytes and
+    the counts of its parts. `reduced` is what the last backward pass leaves alive less than the one before it.
 
     DDP's reducer is C++ that reads memory, so there the plain module stands in; what it adds is one bucket.
     """
@@ -57,18 +60,23 @@ def fake_step(config: Config, rank: int, size: int, local_size: int, masks: int 
         stack.enter_context(patch("trainer.parallel.initial.check_filled", lambda task: None))  # it looks at values
         stack.enter_context(FakeTensorMode())
         watch = stack.enter_context(Watch())
-        task = fake_task(config)
+        task = fake_task(config, frozen_of(config))
         depth = encoder_depth(config) if isinstance(config, SamConfig) else 0
         groups = param_groups(task.named_parameters(), config.optim, depth, first_trained(config.phases))
         engine = build_engine(task, config, groups, world)
         built = watch.alive
         watch.restart()
-        loss, _ = engine(fake_batch(config, config.batch.micro, masks))
-        engine.backward(loss, last=True)
+        alive = []
+        for number in range(num_micro):
+            loss, metrics = engine(fake_batch(config, config.batch.micro, masks))
+            engine.backward(loss, last=number + 1 == num_micro)
+            del loss, metrics
+            alive.append(watch.alive)
         engine.step()
         state = engine.state_dict()
         shard = sum(local_bytes(value) for name, value in state.items() if name.startswith("model."))
-        return {"built": built, "peak": watch.peak, "weights": shard, "tensors": len(state)}
+        reduced = alive[-2] - alive[-1] if num_micro > 1 else 0
+        return {"built": built, "peak": watch.peak, "weights": shard, "tensors": len(state), "reduced": reduced}
 
 
 def first_and_last(config: Config, size: int, local_size: int) -> dict[int, dict[str, float]]:

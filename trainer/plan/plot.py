@@ -15,32 +15,33 @@ from trainer.plan.hardware import Gpu
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-def points(config: Config, gpu: Gpu, gpus_per_node: int, mfu: float) -> list[tuple[float, float]]:
+def points(config: Config, gpu: Gpu, gpus_per_node: int, mfu: float, images: int) -> list[tuple[float, float]]:
     """(seconds a step, hours) for each of SIZES. Communication that outlasts the backward pass is added."""
     work, shape = count_work(config), memory.shape_of(config)
     found = []
     for size in SIZES:
         step = timing.step_time(work, size, config.batch.global_size, gpu, mfu)
-        micro = timing.num_micro_batches(config, size)
+        micro = memory.num_micro_batches(config, size)
         flow = timing.traffic(memory.sharding_of(config), 4.0 * shape.num_parameters, size, gpus_per_node, micro, gpu)
         hidden = step.seconds * 2 / 3  # the backward pass of a step
         seconds = step.seconds + max(0.0, flow.seconds_in_node + flow.seconds_between - hidden)
-        run = timing.length(config, timing.Step(seconds, 0.0, ""), size, gpu)
+        run = timing.length(config, timing.Step(seconds, 0.0, ""), size, gpu, images=images)
         found.append((seconds, run.hours))
     return found
 
 
-def plot(config: Config, gpu: Gpu, gpus_per_node: int, mfu: float, path: Path) -> None:
+def plot(config: Config, gpu: Gpu, gpus_per_node: int, mfu: float, images: int, path: Path) -> None:
     """Three panels over the number of GPUs, at one share `mfu` of peak; memory for every sharding."""
     figure, (times, hours, room) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    found = points(config, gpu, gpus_per_node, mfu)
+    found = points(config, gpu, gpus_per_node, mfu, images)
     times.plot(SIZES, [seconds for seconds, _ in found], "o-")
     times.set_ylabel("seconds a step")
     hours.plot(SIZES, [hour for _, hour in found], "o-")
     hours.set_ylabel("hours of the whole run")
     for sharding in memory.SHARDINGS:
-        totals = [memory.estimate(config, size, gpus_per_node, sharding).total / 2**30 for size in SIZES]
-        room.plot(SIZES, totals, label=sharding)
+        sizes = [size for size in SIZES if sharding in memory.shardings_of(config, size, gpus_per_node)]
+        totals = [memory.estimate(config, size, gpus_per_node, sharding).total / 2**30 for size in sizes]
+        room.plot(sizes, totals, label=sharding)
     room.axhline(gpu.memory_bytes / 2**30, color="black", linestyle=":", label=gpu.name)
     room.set_ylabel("GiB of a GPU")
     room.legend(fontsize="small")

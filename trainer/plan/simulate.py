@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import attention
+from model.build import SIZES
 from model.mae import random_masking
 from trainer.config import Config, MaeConfig, SamConfig
 from trainer.data.batches import Batch, MaeBatch, SamBatch
@@ -51,7 +52,7 @@ class Simulation:
     encoder: Part
     first: Part  # SAM's first round, which scores more answers than the others; for MAE the same as `decoder`
     decoder: Part  # one later round, or MAE's decoder with its loss
-    output_bytes: float  # of the encoder: embedding and its gradient stay for as long as rounds run
+    output_bytes: float  # of the encoder: embedding and its gradient, if any, stay for as long as rounds run
 
 
 @contextmanager
@@ -165,6 +166,8 @@ def fake_batch(config: Config, images: int, masks: int, device: str = "cpu") -> 
     if isinstance(config, MaeConfig):
         return MaeBatch(**common, noise=empty(images, (side // config.model.patch_size) ** 2))
     points, target = len(config.prompts.num_points), config.loss.resolution
+    grid = side // 16
+    embedding = (SIZES[config.model.size].prompt_dim, grid, grid) if config.data.embeddings else (0, 0, 0)
     later = config.prompts.rounds - 1
     return SamBatch(
         **common,
@@ -180,18 +183,18 @@ def fake_batch(config: Config, images: int, masks: int, device: str = "cpu") -> 
         gets_click=empty(images, later, dtype=torch.bool),
         drop_path_uniforms=empty(images, encoder_depth(config), 2),
         num_mask_prompts=masks,  # at worst all of them
-        image_embeddings=empty(images, 0, 0, 0, dtype=torch.float16),
+        image_embeddings=empty(images, *embedding, dtype=torch.float16),
     )
+
+
+def frozen_of(config: Config) -> tuple[str, ...]:
+    """Parts that the last phase does not train. It trains most: a phase freezes nothing that one before it trained."""
+    return config.phases[-1].frozen
 
 
 def fake_task(config: Config, frozen: tuple[str, ...] = ()) -> nn.Module:
     """The task of the config, without its starting weights; inside `pretend_gpu` or another fake mode."""
     return build_task(config, frozen, initial_weights=False).train()
-
-
-def count_parameters(config: Config) -> int:
-    with pretend_gpu():
-        return sum(parameter.numel() for parameter in fake_task(config).parameters())
 
 
 @dataclass
@@ -215,14 +218,15 @@ def stretch(watch: Watch) -> Iterator[Stretch]:
 
 
 def simulate(config: Config, images: int = 1, masks: int = 1) -> Simulation:
-    """One micro-batch forward and backward, part by part; the last phase, where nothing is frozen.
+    """One micro-batch forward and backward, part by part, in the last phase, which trains most.
 
-    SAM's later round is the second one (with a mask prompt and room for every click, as all but the first are).
+    An encoder that is frozen there has no backward pass, and one whose embeddings are read does not run. SAM's later
+    round is the second one (with a mask prompt and room for every click, as all but the first are).
     """
     rounds = config.prompts.rounds if isinstance(config, SamConfig) else 1
     first = first_back = None
     with pretend_gpu():
-        task, batch, watch = fake_task(config), fake_batch(config, images, masks), Watch()
+        task, batch, watch = fake_task(config, frozen_of(config)), fake_batch(config, images, masks), Watch()
         device = torch.device("cpu")
         with watch, autocast(config.engine.precision, device):
             for parameter in task.parameters():
@@ -236,7 +240,7 @@ def simulate(config: Config, images: int = 1, masks: int = 1) -> Simulation:
                     encoded = task.encode(batch)
                 else:
                     encoded, finish = mae_encode(task, batch)
-            output = encoded.detach().requires_grad_()
+            output = encoded.detach().requires_grad_(encoded.requires_grad)
             if isinstance(task, SamTask):
                 prompts = task.first_prompts(output, batch)
                 content = content_mask(batch.image_sizes, batch.images.shape[-1], batch.masks.shape[-1])
@@ -259,8 +263,10 @@ def simulate(config: Config, images: int = 1, masks: int = 1) -> Simulation:
             with stretch(watch) as decoding_back:
                 loss.backward()
             with stretch(watch) as encoding_back:
-                encoded.backward(output.grad)
-    output_bytes = 2.0 * encoded.numel() * encoded.element_size()
+                if encoded.requires_grad:
+                    encoded.backward(output.grad)
+    copies = 2.0 if encoded.requires_grad else 1.0
+    output_bytes = copies * encoded.numel() * encoded.element_size()
     later = part(decoding, decoding_back)
     first_part = part(first, first_back) if first and first_back else later
     return Simulation(part(encoding, encoding_back, encoded), first_part, later, output_bytes)

@@ -7,8 +7,10 @@ padding) and a little more for relative position inside the fused kernel.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from trainer.config import Config, SamConfig
+from data_tools.sample_format import MANIFEST_NAME, load_manifest
+from trainer.config import Config, SamConfig, is_remote
 from trainer.optim import phase_ends
 from trainer.plan.count import Work, count_work
 from trainer.plan.hardware import Gpu
@@ -52,8 +54,13 @@ class Step:
     """One optimizer step on so many GPUs."""
 
     seconds: float
-    utilisation: float  # useful FLOPs over peak
+    utilisation: float  # useful FLOPs over the peak of all GPUs
     source: str  # where the seconds come from
+
+
+def useful_share(global_size: int, num_gpus: int) -> float:
+    """Of the GPUs' samples; the rest is GPUs without an image, or fillers of weight zero."""
+    return global_size / (num_gpus * -(-global_size // num_gpus))
 
 
 def step_time(
@@ -68,12 +75,13 @@ def step_time(
     """From a measured step, a stated utilisation, or the roofline of a rank's share."""
     images = -(-global_size // num_gpus)
     least = images * work.training / gpu.peak_flops
+    useful = useful_share(global_size, num_gpus)
     if step_seconds is not None:
-        return Step(step_seconds, least / step_seconds, "given")
+        return Step(step_seconds, useful * least / step_seconds, "given")
     if mfu is not None:
-        return Step(least / mfu, mfu, "from the utilisation given")
+        return Step(least / mfu, useful * mfu, "from the utilisation given")
     seconds = DEFAULT_SHARE * max(roofline_seconds, least)
-    return Step(seconds, least / seconds, f"assumed: {DEFAULT_SHARE} times the roofline")
+    return Step(seconds, useful * least / seconds, f"assumed: {DEFAULT_SHARE} times the roofline")
 
 
 @dataclass(frozen=True)
@@ -85,11 +93,6 @@ class Traffic:
     seconds_in_node: float
     seconds_between: float
     overlap: str
-
-
-def num_micro_batches(config: Config, num_gpus: int) -> int:
-    images = -(-config.batch.global_size // num_gpus)
-    return -(-images // config.batch.micro)
 
 
 def traffic(
@@ -104,7 +107,8 @@ def traffic(
     nodes = -(-num_ranks // ranks_of_node)
     overlap = "gradients travel during the backward pass"
     if sharding == "hsdp":
-        inside = ring(local) * (2 + 1) * num_micro  # gathered for the forward and the backward pass, then reduced
+        # Gathered for the forward and the backward pass of every micro-batch; reduced at the last one only.
+        inside = ring(local) * (2 * num_micro + 1)
         between = 2 * ring(nodes) / local
         overlap = "blocks are gathered ahead of the pass that needs them; gradients travel during the backward pass"
     else:
@@ -137,6 +141,25 @@ class Length:
     megawatt_hours: float
 
 
+def images_of(config: Config, given: int | None, steps_known: bool = False) -> tuple[int, str]:
+    """Images to train on, and where the number comes from: given, the packed data set's, or the published data set's
+    where data.shards is that of the shipped recipes. `ValueError` if there is none of these.
+    """
+    if given is not None:
+        return given, "as given"
+    shards = config.data.shards
+    if not is_remote(shards) and (Path(shards) / MANIFEST_NAME).is_file():
+        return load_manifest(Path(shards)).num_samples - config.data.holdout_images, f"as {shards} holds"
+    if shards == ("data/sa1b" if isinstance(config, SamConfig) else "data/imagenet"):
+        return num_samples_of(config), "as published"
+    if steps_known or all(phase.steps for phase in config.phases):
+        return num_samples_of(config), f"as published, {shards} cannot be looked at"  # for the epochs alone
+    raise ValueError(
+        f"data.shards={shards}: nobody knows how many images that is, so how many steps an epoch has; give --images N, "
+        "or --steps N, or pack it first"
+    )
+
+
 def num_samples_of(config: Config) -> int:
     """Images of the published data sets: the plan needs no data."""
     if isinstance(config, SamConfig):
@@ -144,8 +167,11 @@ def num_samples_of(config: Config) -> int:
     return IMAGENET_IMAGES
 
 
-def length(config: Config, step: Step, num_gpus: int, gpu: Gpu, num_steps: int | None = None) -> Length:
-    samples = num_samples_of(config)
+def length(
+    config: Config, step: Step, num_gpus: int, gpu: Gpu, num_steps: int | None = None, images: int | None = None
+) -> Length:
+    """Of `images` images an epoch, the published number if none is given."""
+    samples = images or num_samples_of(config)
     steps = num_steps or phase_ends(config.phases, samples, config.batch.global_size)[-1]
     hours = steps * step.seconds / 3600
     return Length(
@@ -159,16 +185,19 @@ def length(config: Config, step: Step, num_gpus: int, gpu: Gpu, num_steps: int |
 
 
 def impossible(work: Work, config: Config, num_steps: int, hours: float, num_gpus: int, gpu: Gpu) -> str | None:
-    """Why a run cannot end within `hours`; None if arithmetic does not forbid it."""
+    """Why a run cannot or will hardly end within `hours`; None if arithmetic does not speak against it."""
     available = hours * 3600 / num_steps
     least = -(-config.batch.global_size // num_gpus) * work.training / gpu.peak_flops
     utilisation = least / available
     if utilisation < 0.6:
         return None
-    verdict = "more than a GPU can do at all" if utilisation > 1 else "more than any published run of this kind"
+    answer, verdict = "not to be expected", "more than any published run of this kind"
+    if utilisation > 1:
+        answer, verdict = "impossible", "more than a GPU can do at all"
     return (
-        f"{num_steps} steps in {hours:g} h leave {available * 1e3:.0f} ms a step; {work.training / 1e12:.1f} TFLOP an "
-        f"image need {least * 1e3:.0f} ms at 100 % of {gpu.name}'s peak: {utilisation:.0%} of peak, {verdict}"
+        f"{answer}. {num_steps} steps in {hours:g} h leave {available * 1e3:.0f} ms a step; "
+        f"{work.training / 1e12:.1f} TFLOP an image need {least * 1e3:.0f} ms at 100 % of {gpu.name}'s peak: "
+        f"{utilisation:.0%} of peak, {verdict}"
     )
 
 
@@ -185,12 +214,9 @@ def reading(config: Config, step: Step, num_gpus: int, gpus_of_node: int) -> Rea
     return Reading(per_second, per_second / LOADER_IMAGES_PER_CORE[config.stage])
 
 
-def checkpoint(parameters: int, num_nodes: int, storage_bandwidth: float = 2e9) -> tuple[float, float]:
-    """(bytes, seconds): weights and two moments in fp32, all nodes writing at `storage_bandwidth` bytes/s each, read
-    back once for their checksums.
-    """
-    size = 12.0 * parameters
-    return size, 2 * size / (storage_bandwidth * num_nodes)
+def checkpoint_seconds(size: int, num_nodes: int, storage_bandwidth: float = 2e9) -> float:
+    """For `size` bytes, all nodes writing at `storage_bandwidth` bytes/s each, read back once for their checksums."""
+    return 2 * size / (storage_bandwidth * num_nodes)
 
 
 def images_per_second(config: Config, gpu: Gpu, utilisation: float = 0.4) -> float:
