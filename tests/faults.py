@@ -349,9 +349,8 @@ def slow_disk(lab: Lab, row: Row) -> None:
     row.count([] if codes == [0, 0] else [f"exit codes {codes}: {processes.output()[-1500:]}"])
 
 
-def fill(folder: Path) -> Path:
-    """Write until there is no room; the file to delete for more."""
-    filler = folder / "filler"
+def fill(filler: Path) -> Path:
+    """Write a file until there is no room; to be deleted for more."""
     with filler.open("wb", buffering=0) as file:
         try:
             while True:
@@ -378,10 +377,13 @@ def run_dir_full(lab: Lab, row: Row) -> None:
             more = ["phases=[{name: pretrain, steps: 16}]", "checkpoint.keep_last=1"]
             processes = lab.start(run, *more, patch=all_of(*patches))
             processes.wait_for("step 3/")
-            filler = fill(run)
+            fillers = [fill(run / "filler")]
+            processes.wait_for("could not be saved")  # what that save had written is free again
+            fillers.append(fill(run / "second_filler"))
             processes.wait_for("step 11/")
             if for_a_while:
-                filler.unlink()
+                for filler in fillers:
+                    filler.unlink()
             codes = processes.wait(SECONDS_TO_END)
             wanted = 0 if for_a_while else 74
             problems = [] if codes == [wanted, wanted] else [f"exit codes {codes}: {processes.output()[-1500:]}"]
