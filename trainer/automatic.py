@@ -21,7 +21,7 @@ from torchvision.ops import nms
 from data_tools import rle
 from model.prompt_encoder import Prompts
 from model.sam import Sam
-from trainer.interactive import upsample_logits
+from trainer.interactive import trained_tokens, upsample_logits
 from trainer.prompts import FOREGROUND
 
 
@@ -102,7 +102,7 @@ def point_grid(points_per_side: int) -> np.ndarray:
 def masks_of_points(sam: Sam, embedded: Embedded, points: np.ndarray, settings: Settings, single: bool) -> list[Found]:
     """The answers to points (P, 2) x y in pixels of the image that pass both filters."""
     output = sam.decode_masks(embedded.embedding, point_prompts(embedded, points))
-    tokens = slice(0, 1) if single else slice(1, None)
+    tokens = trained_tokens(single)
     logits = output.low_res_logits[0, :, tokens].flatten(0, 1)  # (P K, h, w)
     predicted = output.iou_predictions[0, :, tokens].flatten().float().tolist()
     found = []

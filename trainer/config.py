@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from trainer.outputs import nearest_existing
+
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -697,7 +699,7 @@ def _run_dir_problems(run_dir: Any) -> list[str]:
     if not isinstance(run_dir, str):
         return []
     path = Path(run_dir)
-    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    nearest = nearest_existing(path)
     if not nearest.is_dir():
         return [f"run_dir: {run_dir} cannot be a directory: {nearest} is a file"]
     if not os.access(nearest, os.W_OK | os.X_OK):

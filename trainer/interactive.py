@@ -168,7 +168,7 @@ class _Session:
         )
 
     def view(self, answer: _Answers, m: int) -> View:
-        tokens = slice(0, 1) if self.batch.single_token else slice(1, None)
+        tokens = trained_tokens(self.batch.single_token)
         bitmaps = self.bitmaps(answer.output.low_res_logits[:, m, tokens].float())
         return View(answer.bitmaps[m], list(bitmaps), answer.output.iou_predictions[0, m, tokens].float().tolist())
 
@@ -270,6 +270,11 @@ def best_predicted(output: SamOutput) -> Tensor:
     best = output.iou_predictions[..., 1:].argmax(dim=-1)[..., None, None, None]
     logits = output.low_res_logits[:, :, 1:]
     return logits.gather(2, best.expand(-1, -1, 1, *logits.shape[-2:]))[:, :, 0].float()
+
+
+def trained_tokens(single: bool) -> slice:
+    """Mask tokens that are answers of their own: the single one where no other was trained, else the hypotheses."""
+    return slice(0, 1) if single else slice(1, None)
 
 
 def chosen(output: SamOutput, single: bool) -> tuple[Tensor, Tensor]:

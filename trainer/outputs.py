@@ -21,8 +21,13 @@ def check_file(option: str, path: Path) -> None:
 
 def check_folder(option: str, path: Path) -> None:
     """The same for a folder, which is made with its parents where it is not."""
-    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    there = nearest_existing(path)
     if not there.is_dir():
         raise ValueError(f"{option}: {there} is a file: name a folder")
     if not os.access(there, os.W_OK):
         raise ValueError(f"{option}: no permission to write {there}")
+
+
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the first folder above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.sample_format import load_manifest, open_index
+from trainer.checkpoint_files import step_directories, step_of
 from trainer.config import Config, ConfigError, SamConfig, is_remote, load_config
 
 # torch and what needs it is imported where it is used: reading reports must not take its ten seconds.
@@ -102,8 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def newest_step(run_dir: Path) -> int:
     """Step of the newest checkpoint that was written to its end, -1 without one."""
-    found = (marker.parent.name.removeprefix("step_") for marker in run_dir.glob("checkpoints/step_*/COMPLETE"))
-    return max((int(step) for step in found if step.isdigit()), default=-1)  # step_*.abandoned are no steps
+    complete = [path for path in step_directories(run_dir / "checkpoints") if (path / "COMPLETE").exists()]
+    return step_of(complete[-1]) if complete else -1
 
 
 def node_name() -> str:

@@ -23,6 +23,7 @@ from trainer.config import Config, ConfigError, SamConfig, dump_config, load_con
 from trainer.data.embeddings import EmbeddingStore, encoder_hash
 from trainer.data.eval_data import evaluation_rows
 from trainer.data.loader import build_batches
+from trainer.data.order import num_micro_batches
 from trainer.distributed import World, broadcast_object, start_world, stop_world
 from trainer.environment import commit, environment
 from trainer.evaluate import diagnose_and_log, evaluate_and_log
@@ -291,7 +292,7 @@ def make_plan(config: Config, phase: int, ends: list[int], pipeline: Pipeline, w
         first_step=start.step,
         last_step=ends[phase],
         num_steps=ends[-1],
-        num_micro=num_micro_batches(config, world),
+        num_micro=num_micro_batches(config.batch.global_size, world.size, config.batch.micro),
         global_size=global_size,
         seed=config.seed,
         flops_per_image=flops_per_image(config, frozen, pipeline.dataset) if peak and world.is_main else None,
@@ -318,12 +319,6 @@ def save_interval(config: Config, pipeline: Pipeline) -> int:
     """Steps between two saves."""
     epochs, num_samples = config.checkpoint.every_epochs or 0, pipeline.order.num_samples
     return config.checkpoint.every_steps or steps_of(epochs, num_samples, config.batch.global_size)
-
-
-def num_micro_batches(config: Config, world: World) -> int:
-    """Accumulation follows from the global batch, the ranks and the micro-batch."""
-    per_rank = -(-config.batch.global_size // world.size)
-    return -(-per_rank // config.batch.micro)
 
 
 def build_evaluation(
@@ -387,8 +382,9 @@ def announce(config: Config, pipeline: Pipeline, ends: list[int], world: World, 
     logger.say(f"{config.stage} {config.model.size}, engine {config.engine.kind} {config.engine.precision}")
     epochs = ends[-1] * batch.global_size / samples
     logger.say(f"{samples} samples, {ends[-1]} steps of {batch.global_size} = {epochs:.1f} epochs")
+    num_micro = num_micro_batches(batch.global_size, world.size, batch.micro)
     logger.say(
-        f"{world.size} ranks x {num_micro_batches(config, world)} micro-batches of at most {batch.micro} images on "
+        f"{world.size} ranks x {num_micro} micro-batches of at most {batch.micro} images on "
         f"{world.device}, {config.data.workers} loader workers a rank"
     )
     if (idle := world.size - batch.global_size) > 0:

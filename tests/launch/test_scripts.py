@@ -161,6 +161,7 @@ def chain(tmp_path):
     [
         ("run_dir: runs/a   # the first", "runs/a"),
         ('run_dir: "runs/b c"', "runs/b c"),
+        ("run_dir: 'runs/d' # quoted", "runs/d"),
         ("run_dir: runs/x#y", "runs/x#y"),
     ],
 )

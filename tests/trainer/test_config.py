@@ -10,7 +10,7 @@ import yaml
 
 import trainer.train
 from tests.trainer.tiny import CONFIGS
-from trainer.config import ConfigError, load_config
+from trainer.config import ConfigError, SamConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "launch" / "configs" / "sam_tiny.yaml"
@@ -169,7 +169,7 @@ def test_impossible_combination(good, overrides, part):
     ],
 )
 def test_possible_combination(good, overrides):
-    load_config(TINY, [*good, *overrides])
+    assert isinstance(load_config(TINY, [*good, *overrides]), SamConfig)
 
 
 def test_nothing_to_evaluate_on(good, tmp_path):

@@ -108,6 +108,12 @@ def window_order(seed: int, epoch: int, lane: int, window: int, length: int) -> 
     return keyed_rng(seed, WINDOW_ORDER, epoch, lane, window).permutation(length)
 
 
+def num_micro_batches(global_batch: int, num_ranks: int, micro: int) -> int:
+    """Of a step, on every rank: accumulation follows from the global batch, the ranks and the micro-batch."""
+    per_rank = -(-global_batch // num_ranks)
+    return -(-per_rank // micro)
+
+
 def slots_of_rank(global_batch: int, num_lanes: int, rank: int, num_ranks: int, micro: int) -> list[list[int]]:
     """Which of a step's slots 0..B-1 a rank computes, as micro-batches of equal size; -1 fills up.
 
@@ -116,7 +122,7 @@ def slots_of_rank(global_batch: int, num_lanes: int, rank: int, num_ranks: int, 
     """
     by_lane = sorted(range(global_batch), key=lambda slot: (slot % num_lanes, slot // num_lanes))
     per_rank = -(-global_batch // num_ranks)
-    num_micro = -(-per_rank // micro)
+    num_micro = num_micro_batches(global_batch, num_ranks, micro)
     size = -(-per_rank // num_micro)
     share, extra = divmod(global_batch, num_ranks)
     start = rank * share + min(rank, extra)

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from trainer.config import Config, ConfigError, SamConfig, load_config
+from trainer.data.order import num_micro_batches
 from trainer.plan import dry_run, memory, timing
 from trainer.plan.count import TRAINING, Work, count_work
 from trainer.plan.hardware import GPUS, Gpu
@@ -161,7 +162,7 @@ def report_flow(config: Config, options: argparse.Namespace, gpu: Gpu, step: tim
     """What moves: between GPUs, from disk, to disk."""
     shape = memory.shape_of(config)
     gpus, per_node = options.gpus, options.gpus_per_node
-    num_micro = memory.num_micro_batches(config, gpus)
+    num_micro = num_micro_batches(config.batch.global_size, gpus, config.batch.micro)
     print(f"\nTraffic a GPU sends in a step ({num_micro} micro-batches)")
     for sharding in memory.shardings_of(config, gpus, per_node):
         flow = timing.traffic(sharding, 4.0 * shape.num_parameters, gpus, per_node, num_micro, gpu)

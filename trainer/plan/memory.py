@@ -11,6 +11,7 @@ from itertools import product
 from typing import Literal
 
 from trainer.config import Config, SamConfig
+from trainer.data.order import num_micro_batches
 from trainer.plan.simulate import Simulation, fake_task, frozen_of, pretend_gpu, simulate
 
 FP32 = 4  # bytes; weights, gradients and moments all are (docs/decisions/0004)
@@ -76,14 +77,19 @@ def shardings_of(config: Config, num_ranks: int, ranks_of_node: int) -> tuple[st
     without = set()
     if config.optim.ema_decay is not None:  # averages weights that ZeRO-3 does not show
         without.add("zero3")
-    if num_ranks % (config.engine.shard_group_size or min(ranks_of_node, num_ranks)):
+    if num_ranks % group_asked_for(config, num_ranks, ranks_of_node):
         without.add("hsdp")
     return tuple(sharding for sharding in SHARDINGS if sharding not in without)
 
 
+def group_asked_for(config: Config, num_ranks: int, ranks_of_node: int) -> int:
+    """Ranks that are to share one copy under HSDP, whether that divides or not."""
+    return config.engine.shard_group_size or min(ranks_of_node, num_ranks)
+
+
 def shard_group(config: Config, num_ranks: int, ranks_of_node: int) -> int:
     """Ranks that share one copy under HSDP. `ValueError` if the engine could not be built."""
-    size = config.engine.shard_group_size or min(ranks_of_node, num_ranks)
+    size = group_asked_for(config, num_ranks, ranks_of_node)
     if num_ranks % size:
         raise ValueError(
             f"engine.kind=hsdp: groups of {size} do not divide {num_ranks} ranks; set engine.shard_group_size to a "
@@ -127,12 +133,6 @@ def _shape_of(config: Config) -> Shape:
         total = sum(p.numel() for p in task.parameters())
         trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     return Shape(total, total - sum(units), max(units), trained)
-
-
-def num_micro_batches(config: Config, num_ranks: int) -> int:
-    """Of a step, on each rank."""
-    images = -(-config.batch.global_size // num_ranks)
-    return -(-images // config.batch.micro)
 
 
 def states(
@@ -253,7 +253,7 @@ def estimate(
     """
     images = config.batch.micro if images is None else images
     masks = masks_of(config) if masks is None else masks
-    num_micro = num_micro_batches(config, num_ranks)
+    num_micro = num_micro_batches(config.batch.global_size, num_ranks, config.batch.micro)
     averaged = config.optim.ema_decay is not None
     sharding = sharding or sharding_of(config)
     group = shard_group(config, num_ranks, ranks_of_node) if sharding == "hsdp" else ranks_of_node

@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from trainer.config import Config
+from trainer.data.order import num_micro_batches
 from trainer.plan import memory, timing
 from trainer.plan.count import count_work
 from trainer.plan.hardware import Gpu
@@ -21,7 +22,7 @@ def points(config: Config, gpu: Gpu, gpus_per_node: int, mfu: float, images: int
     found = []
     for size in SIZES:
         step = timing.step_time(work, size, config.batch.global_size, gpu, mfu)
-        micro = memory.num_micro_batches(config, size)
+        micro = num_micro_batches(config.batch.global_size, size, config.batch.micro)
         flow = timing.traffic(memory.sharding_of(config), 4.0 * shape.num_parameters, size, gpus_per_node, micro, gpu)
         hidden = step.seconds * 2 / 3  # the backward pass of a step
         seconds = step.seconds + max(0.0, flow.seconds_in_node + flow.seconds_between - hidden)
